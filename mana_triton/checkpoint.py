@@ -1,0 +1,202 @@
+"""Weights on disk: safetensors with the configuration in the metadata, and the official layout.
+
+A checkpoint of ours is a safetensors file whose metadata holds {"format": "mana_triton/1",
+"config": JSON of MANAConfig, ...}. A .pt or .pth file in the official layout is read with
+torch's weights-only loader, never as a raw pickle, and its names are mapped to ours.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .model import MANA, MANAConfig
+
+FORMAT = "mana_triton/1"
+WEIGHTS = Path(__file__).parent / "weights"
+WRAPPERS = ("model_state_dict", "state_dict", "params_ema", "params-ema", "params", "model", "net")
+OFFICIAL = {  # nonloc_spatial.* -> ours
+    "g": "g",
+    "theta": "theta",
+    "phi": "phi",
+    "W_z": "w_z",
+    "W_z1": "w_z1",
+    "norm": "norm",
+    "std": "sigma",
+    "mb": "memory",
+}
+
+
+class CheckpointError(Exception):
+    """A weights file that cannot be used; the message is one line for the user."""
+
+
+def named_weights() -> list[str]:
+    """Names of the weights that this installation ships."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def load(name_or_path: str | Path) -> MANA:
+    """The model in a named or given weights file, in float32, on the CPU, in evaluation mode.
+
+    Args:
+        name_or_path: a shipped name such as "tiny", a .safetensors file of ours, or a .pt or .pth
+            file in the official layout.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or a tensor that does not fit.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in named_weights():
+        path = WEIGHTS / f"{name_or_path}.safetensors"
+    elif not path.is_file():
+        shipped = ", ".join(named_weights()) or "none"
+        raise CheckpointError(
+            f"weights must be a shipped name ({shipped}) or an existing file, got '{name_or_path}'"
+        )
+    if path.suffix == ".safetensors":
+        config, state = _read_safetensors(path)
+    else:
+        config, state = _read_official(path)
+    model = MANA(config)
+    _check(path, state, model.state_dict())
+    model.load_state_dict({name: x.float() for name, x in state.items()})
+    return model.eval()
+
+
+def save(
+    model: MANA, path: str | Path, *, dtype: torch.dtype = torch.float32, **metadata: str
+) -> None:
+    """Write a checkpoint; a file with the final name is always complete.
+
+    Args:
+        model: the model to save.
+        path: the .safetensors file.
+        dtype: stored type of the weights; float16 halves the file.
+        metadata: strings kept beside the configuration, such as training results.
+    """
+    path = Path(path)
+    state = {
+        name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()
+    }
+    info = {"format": FORMAT, "config": json.dumps(asdict(model.config)), **metadata}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
+    os.close(descriptor)
+    try:
+        save_file(state, temporary, info)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The strings stored in one of our files."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
+
+
+def _read_safetensors(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
+    info = metadata(path)
+    if info.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} must be a checkpoint of mana_triton ({FORMAT} in its metadata), "
+            f"got format {info.get('format')}"
+        )
+    try:
+        config = MANAConfig(**json.loads(info["config"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} holds no readable configuration ({error})") from error
+    with safetensors.safe_open(path, "pt") as file:
+        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_official(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
+    """Configuration deduced from, and names mapped from, the official layout."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} must be a .safetensors file or a PyTorch file of plain tensors: {reason}"
+        ) from error
+    state = _map_official(path, _unwrap(path, content))
+    slots = state["memory"].shape[1] if "memory" in state else 0
+    count = {part: _blocks(state, part) for part in ("encoder", "decoder")}
+    config = MANAConfig(
+        channels=state["conv_first.weight"].shape[0],
+        encoder_blocks=count["encoder"],
+        decoder_blocks=count["decoder"],
+        memory_slots=slots,
+        gaussian="gate",
+        logit_scale=1.0,
+    )
+    return config, state
+
+
+def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
+    """The state dict inside wrappers such as {"state_dict": ...}, without `module.`."""
+    while isinstance(content, dict):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise CheckpointError(
+            f"{path} must hold a state dict of tensors, got {type(content).__name__}"
+        )
+    return {re.sub(r"^(module\.)+", "", name): x for name, x in content.items()}
+
+
+def _map_official(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    mapped = {}
+    for name, x in state.items():
+        parts = name.split(".")
+        if parts[0] == "nonloc_spatial":
+            if parts[1] == "D":  # a table of distances, [HW, HW]
+                continue
+            name = ".".join([OFFICIAL.get(parts[1], parts[1]), *parts[2:]])
+        mapped[name] = x.reshape(()) if name == "sigma" and x.numel() == 1 else x
+    if "conv_first.weight" not in mapped or "sigma" not in mapped:
+        missing = "conv_first.weight" if "conv_first.weight" not in mapped else "nonloc_spatial.std"
+        raise CheckpointError(f"{path} is not in MANA's official layout: it has no {missing}")
+    return mapped
+
+
+def _blocks(state: dict[str, Tensor], part: str) -> int:
+    """Number of residual blocks of the encoder or decoder."""
+    found = [re.match(rf"{part}\.(\d+)\.", name) for name in state]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in expected.items():
+        if name not in state:
+            raise CheckpointError(f"{path} has no tensor {name}, expected {list(x.shape)}")
+        if state[name].shape != x.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} must have shape {list(x.shape)}, "
+                f"got {list(state[name].shape)}"
+            )
+    for name, x in state.items():
+        if name not in expected:
+            raise CheckpointError(
+                f"{path} holds {name} {list(x.shape)}, which this model does not have"
+            )
+        if not x.isfinite().all():
+            raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")

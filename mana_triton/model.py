@@ -1,0 +1,207 @@
+"""MANA: memory-augmented non-local attention for video super-resolution (Yu et al., CVPR 2022).
+
+Every pixel of the center frame attends to seven frames (section 3.2) and to a learned memory
+bank (section 3.3); a deep decoder turns that into detail. Names map to the paper's: q = phi(center
+frame), k = theta(frames), v = g(frames), y = memory output, z = what the decoder sees.
+
+`MANA.forward` enlarges the center frame of a window. Its four steps, `encode`, `fuse`, `decode`
+and the bilinear `skip`, are public so that a stream encodes every frame once and decodes by tiles.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import cross_frame_attention, memory_attention
+
+SCALE = 4
+
+
+@dataclass(frozen=True)
+class MANAConfig:
+    """Shape of the network; the defaults are the paper's."""
+
+    channels: int = 128  # C; attention works on D = C / 2
+    encoder_blocks: int = 5
+    decoder_blocks: int = 40
+    memory_slots: int = 512  # N; 0 leaves the memory branch out
+    frames: int = 7  # T
+    gaussian: str = "bias"  # or "gate", the official code's form
+    match: str = "dot"  # or "cosine": normalized q and k, learned temperature
+    offsets: bool = False  # W_z also sees each frame's expected displacement
+    sigma: float = 4.0  # where the learned width of the Gaussian starts, in low-resolution pixels
+    logit_scale: float | None = None  # of dot matching; None is 1 / sqrt(D)
+
+    @classmethod
+    def preset(cls, name: str) -> "MANAConfig":
+        """One of the named configurations; ValueError lists them."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return PRESETS[name]
+
+
+_PAPER = MANAConfig()
+PRESETS = {
+    "tiny": replace(
+        _PAPER, channels=32, encoder_blocks=3, decoder_blocks=8, memory_slots=128,
+        match="cosine", offsets=True, sigma=2.0,
+    ),
+    "small": replace(
+        _PAPER, channels=64, decoder_blocks=20, memory_slots=256, match="cosine", offsets=True
+    ),
+    "paper": _PAPER,
+    "official": replace(_PAPER, gaussian="gate", memory_slots=256, logit_scale=1.0),
+}  # fmt: skip
+
+
+class Features(NamedTuple):
+    """What a stream keeps of N encoded frames."""
+
+    f: Tensor  # [N, C, H, W] encoder features
+    q: Tensor  # [N, H, W, D] phi of the normalized features, as the memory sees it
+    k: Tensor  # [N, H, W, D]
+    v: Tensor  # [N, H, W, D]
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))), 3 x 3, no normalization."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        # deep stacks start near the identity
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.kaiming_normal_(self.conv2.weight)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class MANA(nn.Module):
+    """The network; weights as built are untrained (see `mana_triton.load`)."""
+
+    def __init__(self, config: MANAConfig):
+        super().__init__()
+        c, d, t = config.channels, config.channels // 2, config.frames
+        values = d + 2 if config.offsets else d
+        self.config = config
+        self.backend = "auto"  # of the attentions
+        self.tolerance: float | None = None  # of the cross-frame attention
+        self.conv_first = nn.Conv2d(3, c, 3, padding=1)
+        self.encoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.encoder_blocks)))
+        self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
+        self.phi, self.theta, self.g = (nn.Conv2d(c, d, 1) for _ in range(3))
+        self.w_z = nn.Conv2d(t * values, c, 1)
+        self.sigma = nn.Parameter(torch.tensor(float(config.sigma)))
+        if config.match == "cosine":
+            self.temperature = nn.Parameter(torch.tensor(12.0))
+            self.theta.load_state_dict(self.phi.state_dict())
+        if config.memory_slots:
+            self.memory = nn.Parameter(torch.randn(d, config.memory_slots))  # M
+            self.w_z1 = nn.Conv2d(d, c, 1)
+        for name in ("w_z", "w_z1") if config.memory_slots else ("w_z",):
+            nn.init.zeros_(self.get_submodule(name).weight)
+            nn.init.zeros_(self.get_submodule(name).bias)
+        self.decoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.decoder_blocks)))
+        self.upconv1 = nn.Conv2d(c, 4 * c, 3, padding=1)
+        self.upconv2 = nn.Conv2d(c, 2 * c, 3, padding=1)
+        self.conv_hr = nn.Conv2d(c // 2, c // 2, 3, padding=1)
+        self.conv_last = nn.Conv2d(c // 2, 3, 3, padding=1)
+
+    @property
+    def receptive_field(self) -> int:
+        """Pixels of z on each side that an output pixel of `decode` depends on."""
+        return 2 * self.config.decoder_blocks + 3
+
+    def memory_parameters(self) -> list[nn.Parameter]:
+        """The memory branch, what stage 2 of the training is about (section 3.4)."""
+        return [self.memory, *self.w_z1.parameters()] if self.config.memory_slots else []
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Enlarge the center frame: frames [B, T, 3, H, W] in [0, 1] -> [B, 3, 4H, 4W].
+
+        The result is not clamped.
+        """
+        f, q, k, v = self._encode_window(frames)
+        z = self.fuse(f, q, k, v)
+        return self.decode(z) + self.skip(frames[:, self.config.frames // 2])
+
+    def memory_loss(self, frames: Tensor) -> Tensor:
+        """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
+        center = frames[:, self.config.frames // 2]
+        q = self.encode(center).q
+        y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
+        return F.l1_loss(y, q)
+
+    def _encode_window(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        b, t = frames.shape[:2]
+        if t != self.config.frames:
+            raise ValueError(f"frames must be [B, {self.config.frames}, 3, H, W], got T={t}")
+        all_frames = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
+        f, q, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in all_frames)
+        return f[:, t // 2], q[:, t // 2], k, v
+
+    def encode(self, frames: Tensor) -> Features:
+        """Features of single frames [N, 3, H, W] in [0, 1]."""
+        f = self.encoder(F.leaky_relu(self.conv_first(frames), 0.1))
+        normed = self.norm(f)
+        q, k, v = (
+            rearrange(project(normed), "n d h w -> n h w d")
+            for project in (self.phi, self.theta, self.g)
+        )
+        if self.config.match == "cosine":
+            k = F.normalize(k, dim=-1)
+        return Features(f, q, k, v)
+
+    def fuse(self, f: Tensor, q: Tensor, k: Tensor, v: Tensor, first_row: int = 0) -> Tensor:
+        """What the decoder sees: z = F + W_z(concat_t x_t) + W_z1(y).
+
+        Args:
+            f: [B, C, h, W] features of the center frame, rows first_row .. first_row + h - 1.
+            q: [B, h, W, D] its queries, the same rows.
+            k, v: [B, T, H, W, D] keys and values of all frames of the window.
+            first_row: see f; the whole frame when 0 and h = H.
+
+        Returns:
+            [B, C, h, W].
+        """
+        config = self.config
+        cosine = config.match == "cosine"
+        x = cross_frame_attention(
+            F.normalize(q, dim=-1) if cosine else q,
+            k,
+            v,
+            self.sigma,
+            gaussian=config.gaussian,
+            scale=self.temperature if cosine else config.logit_scale,
+            tolerance=self.tolerance,
+            offsets=config.offsets,
+            backend=self.backend,
+            first_row=first_row,
+        )
+        if config.offsets:
+            x = torch.cat([x[0], x[1].to(x[0].dtype)], -1)
+        z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
+        if config.memory_slots:
+            y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
+            z = z + self.w_z1(rearrange(y, "b h w d -> b d h w"))
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The residual over bilinear interpolation: [B, C, h, w] -> [B, 3, 4h, 4w]."""
+        x = self.decoder(z)
+        x = F.leaky_relu(F.pixel_shuffle(self.upconv1(x), 2), 0.1)
+        x = F.leaky_relu(F.pixel_shuffle(self.upconv2(x), 2), 0.1)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.1))
+
+    @staticmethod
+    def skip(frames: Tensor) -> Tensor:
+        """Bilinear x4 of [B, 3, H, W]."""
+        return F.interpolate(frames, scale_factor=SCALE, mode="bilinear", align_corners=False)

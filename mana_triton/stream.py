@@ -1,0 +1,354 @@
+"""Frames in, enlarged frames out: window, scene cuts, cached features, tiles, threads.
+
+A stream encodes every frame once and keeps the features of seven frames. Frame c is enlarged when
+frame c + 3 has arrived (or the stream has ended). The window is mirrored at the ends of the
+stream and at scene cuts, without repeating the end frame: nothing is taken from another scene.
+
+Only the decoder works in tiles. Features and attention always see the whole frame, and a tile
+carries the decoder's receptive field as a halo, so tiles change nothing but rounding.
+"""
+
+import contextlib
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .attention import choose_backend
+from .checkpoint import load
+from .model import MANA, SCALE, Features
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TILE_BYTES = 256 << 20  # activations of the decoder that an automatic tile may hold
+BAND = 64  # rows of the attention's queries at once
+TOLERANCE = 1e-3  # of the attention's certificate: far below one step of 8 bits
+
+Frame = np.ndarray | Tensor
+
+
+class _Encoded(NamedTuple):
+    """One frame of a stream and what the network keeps of it."""
+
+    frame: Frame
+    lr: Tensor  # [1, 3, H, W] in [0, 1]
+    features: Features
+    index: int
+    scene: int  # index of the scene's first frame
+
+
+class Upscaler:
+    """Enlarges streams of frames four times with one model.
+
+    Args:
+        model: a MANA, or what `mana_triton.load` takes.
+        device: "auto" (a CUDA GPU if there is one), "cpu", "cuda" or any torch device.
+        precision: "fp32", "bf16", "fp16" or "auto": fp32 on a CPU; on a GPU bf16 where it is
+            native, else fp16.
+        tile: side of the decoder's tiles in pixels of the input, 0 for the whole frame, "auto"
+            to bound the memory.
+        backend: of the attentions, see `cross_frame_attention`.
+        scene_cuts: keep the window inside a scene.
+        chunk: frames that the encoder takes at once.
+
+    Raises:
+        ValueError: a value out of range, or a device or backend that is not there.
+        CheckpointError: from `load`.
+    """
+
+    def __init__(
+        self,
+        model: MANA | str | Path = "tiny",
+        *,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        tile: int | str = "auto",
+        backend: str = "auto",
+        scene_cuts: bool = True,
+        chunk: int = 1,
+    ):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda needs a CUDA GPU, there is none; use device cpu")
+        self.precision, why = _choose_precision(precision, self.device)
+        if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
+            raise ValueError(f"tile must be 'auto' or a number of pixels >= 0, got {tile!r}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        self.backend, reason = choose_backend(backend, self.device)
+        self.tile, self.scene_cuts, self.chunk = tile, scene_cuts, chunk
+        self.model = model if isinstance(model, MANA) else load(model)
+        self.model.eval().to(self.device, DTYPES[self.precision], memory_format=torch.channels_last)
+        self.model.backend, self.model.tolerance = self.backend, TOLERANCE
+        self.description = (
+            f"{self.device.type}, {self.precision} ({why}), attention by {self.backend} ({reason})"
+        )
+
+    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Enlarge frames one after the other; memory does not grow with their number.
+
+        Args:
+            frames: arrays [H, W, 3] uint8 or tensors [3, H, W] in [0, 1], all of one size.
+
+        Yields:
+            For each frame, in order, its enlargement in the type it was given.
+
+        Raises:
+            ValueError: a frame of another kind or size.
+        """
+        reach = self.model.config.frames // 2
+        window: deque[_Encoded] = deque(maxlen=self.model.config.frames)
+        for encoded in self._encode(iter(frames)):
+            window.append(encoded)
+            if encoded.index >= reach:
+                yield self._enlarge(window, encoded.index - reach)
+        if window:
+            last = window[-1].index
+            for center in range(max(last - reach + 1, 0), last + 1):
+                yield self._enlarge(window, center)
+
+    def tile_for(self, height: int, width: int) -> tuple[int, str]:
+        """Side of the decoder's tiles for a frame size, 0 for the whole frame, and the reason."""
+        if self.tile != "auto":
+            return int(self.tile), "as asked"
+        # the widest layers: 4C channels at x1, 2C at x2 and C/2 twice at x4
+        pixel = (4 + 8 + 16) * self.model.config.channels * DTYPES[self.precision].itemsize
+        pixels = TILE_BYTES // pixel
+        if height * width <= pixels:
+            return 0, "the whole frame fits"
+        halo = 2 * self.model.receptive_field
+        return max(int(math.sqrt(pixels)) - halo, 32), f"{TILE_BYTES >> 20} MiB at once"
+
+    def _encode(self, frames: Iterator[Frame]) -> Iterator[_Encoded]:
+        detector = CutDetector()
+        index = scene = 0
+        size = None
+        while chunk := list(islice(frames, self.chunk)):
+            lr = [_to_tensor(frame) for frame in chunk]
+            for x in lr:
+                size = size or x.shape
+                if x.shape != size:
+                    raise ValueError(
+                        f"all frames must have one size, {size[2]}x{size[1]} as the first, "
+                        f"got {x.shape[2]}x{x.shape[1]} at frame {index}"
+                    )
+            stacked = torch.stack(lr).to(self.device)
+            for frame, x, features in zip(chunk, stacked, self._features(stacked), strict=True):
+                if self.scene_cuts and detector.is_cut(frame):
+                    scene = index
+                yield _Encoded(frame, x[None], features, index, scene)
+                index += 1
+
+    @torch.inference_mode()
+    def _features(self, lr: Tensor) -> list[Features]:
+        """Features of each of lr [N, 3, H, W]."""
+        x = lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
+        features = self.model.encode(x)
+        return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
+
+    @torch.inference_mode()
+    def _enlarge(self, window: deque[_Encoded], center: int) -> Frame:
+        """Enlarge frame number `center` of the window."""
+        by_index = {encoded.index: encoded for encoded in window}
+        middle = by_index[center]
+        end = max(e.index for e in window if e.scene == middle.scene)
+        reach = self.model.config.frames // 2
+        neighbors = [
+            by_index[mirror(i, middle.scene, end)].features
+            for i in range(center - reach, center + reach + 1)
+        ]
+        k = torch.stack([n.k for n in neighbors], 1)
+        v = torch.stack([n.v for n in neighbors], 1)
+        f, q = middle.features.f, middle.features.q
+        z = torch.empty_like(f)
+        for top in range(0, f.shape[2], BAND):
+            rows = slice(top, top + BAND)
+            z[:, :, rows] = self.model.fuse(f[:, :, rows], q[:, rows], k, v, first_row=top)
+        return self._decode(z, middle.lr, isinstance(middle.frame, np.ndarray))
+
+    def _decode(self, z: Tensor, lr: Tensor, to_array: bool) -> Frame:
+        """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] uint8, or [3, 4H, 4W] in [0, 1]."""
+        height, width = z.shape[2:]
+        tile, _ = self.tile_for(height, width)
+        halo = self.model.receptive_field
+        out = torch.empty(
+            SCALE * height, SCALE * width, 3, dtype=torch.uint8 if to_array else torch.float32
+        )
+        for y0, y1 in _spans(height, tile):
+            for x0, x1 in _spans(width, tile):
+                top, left = max(y0 - halo, 0), max(x0 - halo, 0)
+                region = (..., slice(top, y1 + halo), slice(left, x1 + halo))
+                part = self.model.decode(z[region]).float() + self.model.skip(lr[region])
+                rows = slice(SCALE * (y0 - top), SCALE * (y1 - top))
+                part = part[0, :, rows, SCALE * (x0 - left) : SCALE * (x1 - left)]
+                part = rearrange(part, "c h w -> h w c").clamp_(0, 1)
+                if to_array:
+                    part = part.mul_(255).round_()
+                out[SCALE * y0 : SCALE * y1, SCALE * x0 : SCALE * x1] = part
+        return out.numpy() if to_array else rearrange(out, "h w c -> c h w").contiguous()
+
+
+def upscale(
+    frames: Iterable[Frame], model: MANA | str | Path = "tiny", **options
+) -> Iterator[Frame]:
+    """Enlarge the frames of a video four times.
+
+    Args:
+        frames: an array [T, H, W, 3] uint8, a tensor [T, 3, H, W] in [0, 1], or any iterable of
+            such frames, which is read as the result is consumed.
+        model: shipped weights ("tiny"), a weights file, or a MANA.
+        options: device, precision, tile, backend, scene_cuts, chunk: see `Upscaler`.
+
+    Returns:
+        An iterator of the enlarged frames, [4H, 4W, 3] uint8 or [3, 4H, 4W] in [0, 1].
+
+    Raises:
+        ValueError, CheckpointError: see `Upscaler`.
+    """
+    return Upscaler(model, **options).stream(frames)
+
+
+def mirror(index: int, first: int, last: int) -> int:
+    """The frame that stands for `index` in first .. last: mirrored, ends not repeated."""
+    period = max(2 * (last - first), 1)
+    offset = (index - first) % period
+    return first + min(offset, period - offset) if last > first else first
+
+
+def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Equal parts of 0 .. length, none longer than tile (0: one part)."""
+    parts = math.ceil(length / tile) if tile else 1
+    for i in range(parts):
+        yield length * i // parts, length * (i + 1) // parts
+
+
+def _to_tensor(frame: Frame) -> Tensor:
+    """[3, H, W] float32 in [0, 1]."""
+    if isinstance(frame, Tensor):
+        if frame.ndim != 3 or frame.shape[0] != 3 or not frame.is_floating_point():
+            raise ValueError(
+                "a tensor frame must be [3, H, W] in [0, 1], "
+                f"got {list(frame.shape)} of {frame.dtype}"
+            )
+        return frame.float()
+    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8):
+        kind = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise ValueError(f"a frame must be a uint8 array or a float tensor, got {kind}")
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f"an array frame must be [H, W, 3], got {list(frame.shape)}")
+    return rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w").float().div_(255)
+
+
+def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    if precision not in ("auto", *DTYPES):
+        raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {precision!r}")
+    if precision != "auto":
+        return precision, "as asked"
+    if device.type != "cuda":
+        return "fp32", "the fastest here"
+    native = torch.cuda.get_device_capability(device)[0] >= 8
+    return ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16")
+
+
+class CutDetector:
+    """Finds the first frame of each new scene from thumbnails of luma.
+
+    The score of a frame is the mean difference of its thumbnail from the one before (levels of
+    0..255) times one minus their correlation. A cut scores high, and far above the frames just
+    before it, which tells it from a shaking camera. Measured on 62 scenes: 2 of 3,205 frames
+    inside a scene taken for cuts, 3 % of 3,782 joints between scenes missed.
+    """
+
+    SIDE = 32  # of the thumbnail
+    THRESHOLD = 12.0
+    RATIO = 2.5  # over the largest of the RECENT scores before
+    RECENT = 3
+
+    def __init__(self):
+        self.previous: np.ndarray | None = None
+        self.scores: deque[float] = deque(maxlen=self.RECENT)
+
+    def is_cut(self, frame: Frame) -> bool:
+        """True if the frame does not continue the one given before."""
+        thumbnail, self.previous = self.previous, _thumbnail(frame, self.SIDE)
+        if thumbnail is None:
+            return False
+        score = self._score(thumbnail, self.previous)
+        usual = max(self.scores, default=0.0)
+        self.scores.append(score)
+        if score <= self.THRESHOLD or score <= self.RATIO * usual:
+            return False
+        self.scores.clear()
+        return True
+
+    @staticmethod
+    def _score(a: np.ndarray, b: np.ndarray) -> float:
+        spread = float(a.std() * b.std())
+        covariance = float(((a - a.mean()) * (b - b.mean())).mean())
+        correlation = covariance / spread if spread > 1e-6 else 0.0
+        return float(np.abs(a - b).mean()) * (1 - correlation)
+
+
+def _thumbnail(frame: Frame, side: int) -> np.ndarray:
+    """Mean luma of blocks, 0..255: at most [side, side]."""
+    if isinstance(frame, Tensor):
+        frame = rearrange(frame.detach().float().cpu() * 255, "c h w -> h w c").numpy()
+    luma = frame @ np.array([0.299, 0.587, 0.114], np.float32)
+    y, x = (np.linspace(0, n, min(n, side) + 1).astype(int) for n in luma.shape)
+    sums = np.add.reduceat(np.add.reduceat(luma, y[:-1], 0), x[:-1], 1)
+    return sums / np.outer(np.diff(y), np.diff(x))
+
+
+def in_thread(items: Iterable, depth: int = 4) -> Iterator:
+    """Iterate in a background thread, at most `depth` items ahead.
+
+    An exception of the iterable is raised here, in its place; closing this iterator closes the
+    iterable in its thread.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    thread = threading.Thread(target=_produce, args=(iter(items), ready, stopped), daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                if isinstance(error, _Finished):
+                    return
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                ready.get_nowait()
+            thread.join(0.01)
+
+
+class _Finished(Exception):
+    """The end of the items in a thread's queue."""
+
+
+def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event) -> None:
+    try:
+        for item in items:
+            ready.put((item, None))
+            if stopped.is_set():
+                break
+    except BaseException as error:  # raised again in the consumer's thread
+        ready.put((None, error))
+    else:
+        ready.put((None, _Finished()))
+    finally:
+        if isinstance(items, Generator):
+            items.close()

@@ -1,0 +1,406 @@
+"""Training: the stages, exact resume after any kind of stop, validation, what is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mana_triton import checkpoint, data, train
+from mana_triton.metrics import psnr
+from mana_triton.model import MANA, MANAConfig
+from mana_triton.train import Trainer, TrainingError, Validation, parse_args, reflect
+
+CONFIG = MANAConfig(
+    channels=16, encoder_blocks=1, decoder_blocks=1, memory_slots=8, match="cosine", offsets=True
+)
+FLAGS = {
+    "--crop": 8, "--batch": 2, "--stage1": 6, "--stage2": 3, "--stage3": 3, "--lr": 1e-3,
+    "--lr2": 1e-3, "--warmup": 2, "--schedule": "cosine", "--clip-grad": 1, "--val-every": 5,
+    "--val-frames": 2, "--save-every": 2, "--threads": 1,
+}  # fmt: skip
+# what `python -m mana_triton.train` does, with the small model
+SCRIPT = f"""
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+del sys.argv[1]
+from mana_triton import train
+from mana_triton.model import MANAConfig
+config = {CONFIG!r}
+train.MANAConfig.preset = classmethod(lambda cls, name: config)
+train.main()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A decoded clip and a still, as `data.open_clips` leaves them."""
+    root = tmp_path_factory.mktemp("cache")
+    rng = np.random.default_rng(0)
+    index = {}
+    for name, kind, T in (("ball", "clip", 12), ("tree", "still", 1)):
+        frame = rng.normal(size=(60, 70, 3))
+        for axis in (0, 1, 0, 1):
+            frame = frame + np.roll(frame, 1, axis) + np.roll(frame, 2, axis)
+        frame = np.clip(128 + 6 * frame, 0, 255).astype(np.uint8)
+        frames = np.stack([np.roll(frame, 2 * t, 1) for t in range(T)])
+        np.save(root / f"{name}.npy", frames)
+        index[name] = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+    (root / data.INDEX).write_text(json.dumps(index))
+    return root
+
+
+def flags(cache: Path, out: Path, *more: object) -> list[str]:
+    paths = ["--data", cache, "--stills", cache, "--val", cache, "--out", out]
+    usual = [text for item in FLAGS.items() for text in item]
+    return [str(text) for text in (*paths, *usual, *more)]
+
+
+def arguments(cache: Path, out: Path, *more: object) -> Namespace:
+    return parse_args(flags(cache, out, *more))
+
+
+def start(cache: Path, out: Path, *more: object, without: str = "av,lpips") -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, without, *flags(cache, out, *more)]
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def stop_after(monkeypatch, iteration: int) -> None:
+    """Ctrl-C during that iteration."""
+    step = Trainer._step
+
+    def interrupted_step(trainer, *args):
+        if trainer.iteration + 1 == iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted_step)
+
+
+def state_of(out: Path) -> dict:
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def flatten(state: object, name: str = "") -> dict[str, object]:
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, x in items for k, v in flatten(x, f"{name}.{key}").items()}
+    return {name: state}
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Everything that a run keeps is bit-equal, and so are the exported weights and the log."""
+    a, b = ({**state_of(out), **exported(out)} for out in (actual, expected))
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for name, x in b.items():
+        y = a[name]
+        same = y == x
+        assert same.all() if isinstance(same, torch.Tensor) else same, name
+    assert (actual / "log.jsonl").read_text() == (expected / "log.jsonl").read_text()
+
+
+def exported(out: Path) -> dict:
+    """Weights and metadata of the best checkpoint."""
+    path = out / "best.safetensors"
+    return {"best weights": checkpoint.load(path).state_dict(), "meta": checkpoint.metadata(path)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    summary = train.train(arguments(cache, out), CONFIG)
+    assert summary["finished"] and summary["iterations"] == 12
+    return out
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("iteration", [1, 6, 8, 11])
+def test_ctrl_c_and_the_same_command_again_change_nothing(
+    cache, tmp_path, uninterrupted, monkeypatch, iteration
+):
+    """In the middle of a stage, at its end, and twice in one run."""
+    for stop in (iteration, 11) if iteration < 11 else (11,):
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(TrainingError, match=f"stopped at iteration {stop} of 12, saved in"):
+                train.train(arguments(cache, tmp_path), CONFIG)
+        assert state_of(tmp_path)["iteration"] == stop
+    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_sigkill_and_the_same_command_again_change_nothing(cache, tmp_path, uninterrupted):
+    process = start(cache, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "last.pt").is_file() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert state_of(tmp_path)["iteration"] < 12, "the run ended before it was killed"
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"iteration": 5, "psn')
+    assert train.train(arguments(cache, tmp_path, "--workers", 2), CONFIG)["finished"]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_kill_while_saving_leaves_the_last_state(cache, tmp_path, uninterrupted, monkeypatch):
+    save, saves = torch.save, []
+
+    def failing_save(state, path):
+        saves.append(path)
+        if len(saves) == 3:
+            Path(path).write_bytes(b"half of a checkpoint")
+            raise KeyboardInterrupt
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", failing_save)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(arguments(cache, tmp_path), CONFIG)
+    assert state_of(tmp_path)["iteration"] == 4
+    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_finished_run_is_not_trained_further(cache, tmp_path, uninterrupted):
+    before = state_of(uninterrupted)["iteration"], (uninterrupted / "last.pt").read_bytes()
+    summary = train.train(arguments(cache, uninterrupted), CONFIG)
+    assert summary["finished"] and summary["best_psnr_db"] > 0
+    assert before == (12, (uninterrupted / "last.pt").read_bytes())
+
+
+def test_changed_settings_are_refused_and_named(cache, uninterrupted):
+    with pytest.raises(TrainingError) as caught:
+        train.train(arguments(cache, uninterrupted, "--batch", 3, "--lr", 1e-4), CONFIG)
+    message = str(caught.value)
+    assert "--batch (was 2, now 3), --lr (was 0.001, now 0.0001); use the same" in message
+    assert "\n" not in message
+    with pytest.raises(TrainingError, match="other settings: --preset; use"):
+        other = MANAConfig(channels=16, encoder_blocks=2, decoder_blocks=1, memory_slots=8)
+        train.train(arguments(cache, uninterrupted), other)
+    # these do not change the result
+    free = ("--workers", 2, "--val-every", 3, "--save-every", 5, "--minutes", 9)
+    assert train.train(arguments(cache, uninterrupted, *free), CONFIG)["finished"]
+
+
+def test_a_file_that_is_no_saved_run_is_refused(cache, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match=r"last\.pt is not a saved run; use another --out"):
+        train.train(arguments(cache, tmp_path), CONFIG)
+
+
+def test_other_data_are_refused(cache, tmp_path, uninterrupted):
+    args = arguments(cache, uninterrupted)
+    args.stills = []
+    with pytest.raises(TrainingError, match=r"other settings: --stills; use"):
+        train.train(args, CONFIG)
+
+
+# ---- stages
+
+
+def test_each_stage_trains_its_own_parameters(cache, tmp_path):
+    trainer = Trainer(arguments(cache, tmp_path), CONFIG)
+    memory = {"memory", "w_z1.weight", "w_z1.bias"}
+    everything = {name for name, _ in trainer.model.named_parameters()}
+    for stage, trained in ((1, everything - memory), (2, memory), (3, everything)):
+        trainer.iteration = (0, 6, 9)[stage - 1]
+        assert trainer.stage() == (stage, trainer.iteration)
+        trainer._begin_stage(stage)
+        free = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert free == trained
+        before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+        trainer._step(*trainer.sampler.load(0), stage, 1e-3)
+        after = trainer.model.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and changed <= trained
+        if stage == 2:
+            assert changed == {"memory"}
+
+
+def test_rates_warm_up_and_follow_the_cosine(cache, tmp_path):
+    trainer = Trainer(arguments(cache, tmp_path, "--stage1", 101, "--warmup", 4), CONFIG)
+
+    def rate(iteration: int) -> float:
+        trainer.iteration = iteration
+        return trainer._rate(*trainer.stage())
+
+    assert rate(0) == pytest.approx(1e-3 / 4)
+    assert rate(1) == pytest.approx(1e-3 / 2, rel=1e-3)
+    assert rate(50) == pytest.approx(1e-3 * (0.01 + 0.99 / 2), rel=0.02)
+    assert rate(100) == pytest.approx(1e-5, rel=0.05)
+    assert rate(101) == pytest.approx(1e-3 / 4)
+    trainer.args.schedule = "constant"
+    assert rate(100) == 1e-3
+
+
+def test_training_learns_and_the_average_follows(cache, tmp_path):
+    """A few steps beat the initial weights on the training data themselves."""
+    more = ("--stage1", 80, "--stage2", 0, "--stage3", 0, "--val-every", 1000, "--save-every", 1000)
+    args = arguments(cache, tmp_path, *more, "--schedule", "constant", "--ema", 0.9)
+    first = Trainer(args, CONFIG)
+    assert first.validation
+    before = first.validation.measure(first.model, first.device)["psnr_db"]
+    summary = train.train(args, CONFIG)
+    assert summary["best_psnr_db"] > before + 0.3
+    state = state_of(tmp_path)
+    distance = (state["ema"]["conv_last.weight"] - state["model"]["conv_last.weight"]).abs().max()
+    assert 0 < distance < 0.01
+    weights = checkpoint.load(tmp_path / "best.safetensors").state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in state["ema"].items())
+    assert checkpoint.metadata(tmp_path / "best.safetensors")["iteration"] == "80"
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_state(cache, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def diverging(trainer, *args):
+        step(trainer, *args)
+        if trainer.iteration == 5:
+            with torch.no_grad():
+                trainer.model.conv_last.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "_step", diverging)
+    with pytest.raises(TrainingError, match="infinite by iteration 5; use another --out"):
+        train.train(arguments(cache, tmp_path), CONFIG)
+    assert state_of(tmp_path)["iteration"] == 4
+
+
+# ---- validation and outputs
+
+
+def test_reflected_frame_indices():
+    assert [reflect(i, 4) for i in range(-3, 7)] == [3, 2, 1, 0, 1, 2, 3, 2, 1, 0]
+    assert [reflect(i, 2) for i in range(-3, 4)] == [1, 0, 1, 0, 1, 0, 1]
+    assert {reflect(i, 1) for i in range(-3, 4)} == {0}
+
+
+class Nearest(torch.nn.Module):
+    """Repeats pixels of the first frame of the window, so that a lone center frame is visible."""
+
+    def forward(self, frames):
+        return frames[:, 0].repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+
+def test_validation_scores_whole_frames(cache):
+    clips = data.open_clips([cache], Path("unused"))
+    frames = clips[0].frames[:, :, :68]
+    scores = Validation(clips, 3, "matlab_bicubic").measure(Nearest(), torch.device("cpu"))
+    lr = data.degrade(torch.from_numpy(np.array(frames))).numpy()
+    expected = {"psnr_db": [], "center_only_psnr_db": [], "bicubic_psnr_db": []}
+    for t in (0, 6, 11):
+        first = lr[reflect(t - 3, 12)]
+        enlarged = data.upscale_bicubic(torch.from_numpy(lr[t])).numpy()
+        for name, picture in (
+            ("psnr_db", first.repeat(4, 0).repeat(4, 1)),
+            ("center_only_psnr_db", lr[t].repeat(4, 0).repeat(4, 1)),
+            ("bicubic_psnr_db", enlarged),
+        ):
+            expected[name].append(psnr(picture, frames[t]))
+    for name, values in expected.items():
+        assert scores[name] == pytest.approx(np.mean(values), abs=1e-9), name
+
+
+def test_the_log_holds_validations_and_losses(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    train.train(arguments(cache, tmp_path), CONFIG)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(e["iteration"], "loss" in e) for e in entries] == [
+        (4, True), (5, False), (8, True), (10, False), (12, True), (12, False)
+    ]  # fmt: skip
+    assert [e["stage"] for e in entries if "loss" in e] == [1, 2, 3]
+    assert {"psnr_db", "center_only_psnr_db", "bicubic_psnr_db"} <= entries[-1].keys()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
+    summary = train.train(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
+    assert (summary["iterations"], summary["finished"]) == (1, False)
+    assert summary["best_psnr_db"] > 0 and state_of(tmp_path)["iteration"] == 1
+    assert isinstance(checkpoint.load(summary["weights"]), MANA)
+    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+
+
+def test_without_validation_the_last_average_is_exported(cache, tmp_path):
+    args = arguments(cache, tmp_path, "--ema", 0)
+    args.val = []
+    summary = train.train(args, CONFIG)
+    assert summary["best_psnr_db"] is None and summary["best_iteration"] == 12
+    weights = checkpoint.load(tmp_path / "best.safetensors").state_dict()
+    for name, x in state_of(tmp_path)["model"].items():
+        assert torch.equal(weights[name], x)
+
+
+def test_init_from_starts_from_a_file(cache, tmp_path, uninterrupted):
+    weights = uninterrupted / "best.safetensors"
+    trainer = Trainer(arguments(cache, tmp_path, "--init-from", weights), CONFIG)
+    loaded = checkpoint.load(weights).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in trainer.model.state_dict().items())
+    with pytest.raises(TrainingError, match="must hold a model of the preset tiny"):
+        Trainer(arguments(cache, tmp_path, "--init-from", weights), MANAConfig.preset("tiny"))
+
+
+def test_bf16_iterations_keep_fp32_weights(cache, tmp_path):
+    args = arguments(cache, tmp_path, "--precision", "bf16", "--stage3", 1)
+    assert train.train(args, CONFIG)["finished"]
+    assert {x.dtype for x in state_of(tmp_path)["model"].values()} == {torch.float32}
+
+
+# ---- the command
+
+
+def test_the_command_prints_one_json_line(cache, tmp_path):
+    """Without the packages that a training machine may lack; not a terminal: plain lines."""
+    without = "av,lpips,skimage,tensorboard,torch.utils.tensorboard"
+    process = start(cache, tmp_path, without=without)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr.decode()
+    [line] = stdout.decode().splitlines()
+    summary = json.loads(line)
+    assert summary["iterations"] == 12 and Path(summary["weights"]).is_file()
+    assert {"best_psnr_db", "bicubic_psnr_db", "center_only_psnr_db", "seconds"} <= summary.keys()
+    assert "validation" in stderr.decode() and "\x1b" not in stderr.decode()
+
+
+def test_failures_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
+    command = ["train", "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert str(caught.value).startswith("error: ") and "must exist" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, "argv", [*command, "--device", "cuda"])
+        with pytest.raises(SystemExit, match="error: --device cuda needs"):
+            train.main()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--data", "x", "--crop", "0"], ["--data", "x", "--ema", "1"], ["--data", "x", "--nope"]],
+)
+def test_wrong_usage_exits_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(argv)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
