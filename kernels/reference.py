@@ -3,11 +3,11 @@
 Cross-frame attention of pixel i of the center frame over the pixels j of one neighbor frame:
 
     bias form:  a_ij = softmax_j(s q_i . k_j - |p_i - p_j|^2 / (2 sigma^2))
-    gate form:  a_ij = softmax_j(s q_i . k_j) exp(-|p_i - p_j|^2 / (2 sigma^2))      not renormalized
+    gate form:  a_ij = softmax_j(s q_i . k_j) exp(-|p_i - p_j|^2 / (2 sigma^2))
     o_i = sum_j a_ij v_j        displacement_i = sum_j a_ij (p_j - p_i)
 
-The log-sum-exp is that of the softmax's own logits. Memory grows with (HW)^2: this file is the
-specification and the float64 truth of the tests, not a fast path.
+The gate form is not renormalized. The log-sum-exp is that of the softmax's own logits. Memory
+grows with (HW)^2: this file is the specification and the float64 truth of the tests.
 """
 
 from typing import NamedTuple

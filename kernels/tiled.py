@@ -11,7 +11,7 @@ the gradient of the log-sum-exp enters the backward pass: dS = P (dP - delta + d
 The gradient of the first four columns gives dc, hence dsigma. Windows are rebuilt in the backward
 pass instead of being kept.
 
-Which keys a tile can do without is certified (the window's halo is a multiple of 8 pixels): with
+Which keys a tile can do without is certified (a window is the tile and a halo): with
 eta >= sum over dropped 8 x 8 key tiles of n_t exp(b_t - LSE), the error is at most
 eta (max|v| + |o|), where b_t = s q.c_t + |s q| r_t - c dmin^2 bounds the logits of a tile with mean
 key c_t and radius r_t, and LSE is bounded from below by the 3 x 3 pixels around the query.
@@ -94,20 +94,29 @@ def _centered(
 
 
 def _windows(
-    halos: list[list[int]], rows: int, first_row: int, shape: torch.Size
+    halos: list[list[int]], rows: int, first_row: int, shape: torch.Size, side: int = TILE
 ) -> Iterator[Window]:
-    """The windows of all query tiles; query rows count from first_row."""
+    """The windows of all query tiles, in parts of `side`; query rows count from first_row."""
     height, width = shape[2:4]
     for i, halo_row in enumerate(halos):
         top, bottom = first_row + i * TILE, first_row + min((i + 1) * TILE, rows)
         for j, halo in enumerate(halo_row):
             left, right = j * TILE, min((j + 1) * TILE, width)
-            yield (
-                slice(top, bottom),
-                slice(left, right),
-                slice(max(top - halo, 0), min(bottom + halo, height)),
-                slice(max(left - halo, 0), min(right + halo, width)),
-            )
+            # the certificate counts on a whole tile's keys, also where a band ends within it
+            key_rows = slice(max(top - halo, 0), min(top + TILE + halo, height))
+            key_cols = slice(max(left - halo, 0), min(left + TILE + halo, width))
+            for y in range(top, bottom, side):
+                for x in range(left, right, side):
+                    part = slice(y, min(y + side, bottom)), slice(x, min(x + side, right))
+                    yield *part, key_rows, key_cols
+
+
+def _query_side(c: float) -> int:
+    """Side of the parts of a query tile: the Gaussian's columns grow to c side^2 and cancel."""
+    side = TILE
+    while side > 1 and c * side * side > TILE * TILE / 2:  # sigma < 1
+        side //= 2
+    return side
 
 
 def _gather(x: Tensor, rows: slice, cols: slice, columns: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ class _CrossFrame(torch.autograd.Function):
     """Bias form on scaled queries: (q, k, v, c) -> o, displacement, lse."""
 
     @staticmethod
-    def forward(ctx, q, k, v, c, halos, first_row):
+    def forward(ctx, q, k, v, c, halos, first_row, side):
         # halves are computed in float32, tile by tile
         work = torch.promote_types(q.dtype, torch.float32)
         (b, rows, width, d), t = q.shape, k.shape[1]
@@ -131,7 +140,7 @@ class _CrossFrame(torch.autograd.Function):
         displacement = q.new_empty(b, t, rows, width, 2, dtype=work)
         lse = q.new_empty(b, t, rows, width, dtype=work)
         c = c.to(work)
-        for window in _windows(halos, rows, first_row, k.shape):
+        for window in _windows(halos, rows, first_row, k.shape, side):
             qa, ka, va = _operands(q, k, v, c, window, first_row)
             o_tile, lse_tile = _flash(qa, ka, va)
             at = _output_slices(window, first_row)
@@ -141,7 +150,7 @@ class _CrossFrame(torch.autograd.Function):
             displacement[at] = (o_tile[..., d : d + 2] - own).reshape(*grid, 2)
             lse[at] = lse_tile.reshape(grid)
         ctx.save_for_backward(q, k, v, c, o, displacement, lse)
-        ctx.halos, ctx.first_row = halos, first_row
+        ctx.halos, ctx.first_row, ctx.side = halos, first_row, side
         return o, displacement, lse
 
     @staticmethod
@@ -151,7 +160,7 @@ class _CrossFrame(torch.autograd.Function):
         rows, d = q.shape[1], q.shape[-1]
         dq, dk, dv = (torch.zeros_like(x, dtype=c.dtype) for x in (q, k, v))
         dc = torch.zeros_like(c)
-        for window in _windows(ctx.halos, rows, ctx.first_row, k.shape):
+        for window in _windows(ctx.halos, rows, ctx.first_row, k.shape, ctx.side):
             qa, ka, va = _operands(q, k, v, c, window, ctx.first_row)
             at = _output_slices(window, ctx.first_row)
             own = torch.stack(_centered(*window[:2], *window[:2], c), -1)
@@ -177,7 +186,7 @@ class _CrossFrame(torch.autograd.Function):
             for dx, dxa in ((dk, dka), (dv, dva)):
                 target = dx[:, :, window[2], window[3]]
                 target += dxa[..., :d].reshape(target.shape)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dc, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dc, None, None, None
 
 
 def _output_slices(window: Window, first_row: int) -> tuple[slice, slice, slice, slice]:
@@ -216,9 +225,11 @@ def certified_halos(
     bands, tiles = math.ceil(rows / TILE), math.ceil(width / TILE)
     if eta == 0 or c == 0 or k.shape[2] * k.shape[3] <= 4 * TILE * TILE:
         return [[everything] * tiles] * bands
+    # the floor below may count pixels that are dropped: relative to it eta becomes eta / (1 + eta)
+    eta = eta / (1 + eta)
     longest = k.float().square().sum(-1).amax((2, 3)).sqrt()[..., None, None]  # [B, T, 1, 1]
     outside = _gaussian_outside(c, everything, q.device)
-    key_tiles = None
+    key_tiles, shift = None, -first_row % KEY_TILE
     halos = []
     for band in range(bands):
         band_q = q[:, band * TILE : (band + 1) * TILE].float()
@@ -231,9 +242,9 @@ def certified_halos(
         # half of eta is for the tiles dropped inside it
         kept = (outside > math.log(eta / 2) - spread[:, None]).sum(-1).clamp(max=everything)
         if spread.max() > LOOSE:
-            key_tiles = key_tiles or _key_tiles(k)
+            key_tiles = key_tiles or _key_tiles(k, shift)
             rings = math.ceil(int(kept.max()) / KEY_TILE)
-            args = (band_q, floor, length, top, *key_tiles, c, rings, eta / 2)
+            args = (band_q, floor, length, top + shift, *key_tiles, c, rings, eta / 2)
             kept = torch.minimum(kept, _kept_rings(*args) * KEY_TILE)
         halos.append(kept.tolist())
     return halos
@@ -267,10 +278,13 @@ def _kept_rings(
     return torch.cat(kept)
 
 
-def _key_tiles(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [B, T, y, x, D], radius [B, T, y, x] and number of keys [y, x] of every key tile."""
+def _key_tiles(k: Tensor, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [B, T, y, x, D], radius [B, T, y, x] and number of keys [y, x] of every key tile.
+
+    The first row of tiles begins `shift` rows above the frame, to be in line with the queries.
+    """
     height, width = k.shape[2:4]
-    pad = (0, 0, 0, -width % KEY_TILE, 0, -height % KEY_TILE)
+    pad = (0, 0, 0, -width % KEY_TILE, shift, -(height + shift) % KEY_TILE)
     pattern = "b t (y m) (x n) d -> b t y x (m n) d"
     tiles = rearrange(F.pad(k.float(), pad), pattern, m=KEY_TILE, n=KEY_TILE)
     inside = F.pad(k.new_ones(1, 1, height, width, 1, dtype=torch.float32), pad)
@@ -353,7 +367,7 @@ class _PlainLSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k):
-        (b, rows, width, _), (t, keys) = q.shape, (k.shape[1], k.shape[2] * k.shape[3])
+        (b, rows, width, _), t = q.shape, k.shape[1]
         lse = q.new_empty(b, t, rows * width, dtype=torch.promote_types(q.dtype, torch.float32))
         for at, s in _PlainLSE.logits(q, k):
             lse[at] = s.logsumexp(-1)
@@ -410,7 +424,9 @@ def cross_frame_attention(
         halos = certified_halos(scaled, k, c.item(), tolerance, first_row)
         windows = list(_windows(halos, q.shape[1], first_row, k.shape))
         pairs = sum(math.prod(s.stop - s.start for s in window) for window in windows)
-    o, displacement, lse = _CrossFrame.apply(scaled, k, v, c, halos, first_row)
+    o, displacement, lse = _CrossFrame.apply(
+        scaled, k, v, c, halos, first_row, _query_side(c.item())
+    )
     if gaussian == "gate":
         plain = _PlainLSE.apply(scaled, k)
         gate = (lse - plain).exp()[..., None]

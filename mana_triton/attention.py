@@ -1,6 +1,7 @@
 """The two attentions of MANA: argument checks and choice of backend."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def cross_frame_attention(
     first_row: int = 0,
     return_lse: bool = False,
     return_visited: bool = False,
-):
+) -> Any:
     """Attend from every pixel of the center frame to T frames, favoring nearby pixels.
 
     Paper section 3.2: o_i = sum_j a_ij v_j with one softmax per frame. In the bias form
@@ -95,8 +96,8 @@ def cross_frame_attention(
             gaussian=gaussian, offsets=offsets, tolerance=tolerance, first_row=first_row,
         )  # fmt: skip
     wanted = (True, offsets, return_lse, return_visited)
-    outputs = tuple(x for x, want in zip(result, wanted, strict=True) if want)
-    return outputs if len(outputs) > 1 else outputs[0]
+    outputs = [x for x, want in zip(result, wanted, strict=True) if want]
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def memory_attention(

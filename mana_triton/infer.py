@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
     }
 
 
-def _enlarged(reader, upscaler: Upscaler, compare: bool) -> Iterator[tuple[np.ndarray, Frame]]:
+def _enlarged(reader, upscaler: Upscaler, compare: bool) -> Iterator[tuple[Any, Frame]]:
     """Enlarged pictures with the frames they come from; decoding runs in a thread of its own."""
     waiting: deque[Frame] = deque()
 
@@ -156,7 +157,7 @@ def _enlarged(reader, upscaler: Upscaler, compare: bool) -> Iterator[tuple[np.nd
             yield (_side_by_side(frame.rgb, rgb) if compare else rgb), frame
 
 
-def _side_by_side(lr: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
+def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     """Bicubic enlargement and ours: [4H, 8W, 3]."""
     from .data import upscale_bicubic
 

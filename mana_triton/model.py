@@ -84,6 +84,14 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
+def _zero_projection(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1 x 1 convolution that starts at zero."""
+    project = nn.Conv2d(inputs, outputs, 1)
+    nn.init.zeros_(project.weight)
+    nn.init.zeros_(project.bias)  # pyright: ignore[reportArgumentType]
+    return project
+
+
 class MANA(nn.Module):
     """The network; weights as built are untrained (see `mana_triton.load`)."""
 
@@ -98,17 +106,14 @@ class MANA(nn.Module):
         self.encoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.encoder_blocks)))
         self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
         self.phi, self.theta, self.g = (nn.Conv2d(c, d, 1) for _ in range(3))
-        self.w_z = nn.Conv2d(t * values, c, 1)
+        self.w_z = _zero_projection(t * values, c)
         self.sigma = nn.Parameter(torch.tensor(float(config.sigma)))
         if config.match == "cosine":
             self.temperature = nn.Parameter(torch.tensor(12.0))
             self.theta.load_state_dict(self.phi.state_dict())
         if config.memory_slots:
             self.memory = nn.Parameter(torch.randn(d, config.memory_slots))  # M
-            self.w_z1 = nn.Conv2d(d, c, 1)
-        for name in ("w_z", "w_z1") if config.memory_slots else ("w_z",):
-            nn.init.zeros_(self.get_submodule(name).weight)
-            nn.init.zeros_(self.get_submodule(name).bias)
+            self.w_z1 = _zero_projection(d, c)
         self.decoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.decoder_blocks)))
         self.upconv1 = nn.Conv2d(c, 4 * c, 3, padding=1)
         self.upconv2 = nn.Conv2d(c, 2 * c, 3, padding=1)
@@ -187,7 +192,8 @@ class MANA(nn.Module):
             first_row=first_row,
         )
         if config.offsets:
-            x = torch.cat([x[0], x[1].to(x[0].dtype)], -1)
+            x, displacement = x
+            x = torch.cat([x, displacement.to(x.dtype)], -1)
         z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
         if config.memory_slots:
             y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)

@@ -1,6 +1,6 @@
 """Frames in, enlarged frames out: window, scene cuts, cached features, tiles, threads.
 
-A stream encodes every frame once and keeps the features of seven frames. Frame c is enlarged when
+A stream encodes every frame once and keeps the features of seven frames. Picture c is enlarged when
 frame c + 3 has arrived (or the stream has ended). The window is mirrored at the ends of the
 stream and at scene cuts, without repeating the end frame: nothing is taken from another scene.
 
@@ -32,17 +32,17 @@ TILE_BYTES = 256 << 20  # activations of the decoder that an automatic tile may 
 BAND = 64  # rows of the attention's queries at once
 TOLERANCE = 1e-3  # of the attention's certificate: far below one step of 8 bits
 
-Frame = np.ndarray | Tensor
+Picture = np.ndarray | Tensor
 
 
 class _Encoded(NamedTuple):
     """One frame of a stream and what the network keeps of it."""
 
-    frame: Frame
+    frame: Picture
     lr: Tensor  # [1, 3, H, W] in [0, 1]
     features: Features
-    index: int
-    scene: int  # index of the scene's first frame
+    number: int
+    scene: int  # number of the scene's first frame
 
 
 class Upscaler:
@@ -88,13 +88,14 @@ class Upscaler:
         self.backend, reason = choose_backend(backend, self.device)
         self.tile, self.scene_cuts, self.chunk = tile, scene_cuts, chunk
         self.model = model if isinstance(model, MANA) else load(model)
-        self.model.eval().to(self.device, DTYPES[self.precision], memory_format=torch.channels_last)
+        self.model.eval().to(self.device, DTYPES[self.precision])
+        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model.backend, self.model.tolerance = self.backend, TOLERANCE
         self.description = (
             f"{self.device.type}, {self.precision} ({why}), attention by {self.backend} ({reason})"
         )
 
-    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+    def stream(self, frames: Iterable[Picture]) -> Iterator[Picture]:
         """Enlarge frames one after the other; memory does not grow with their number.
 
         Args:
@@ -110,10 +111,10 @@ class Upscaler:
         window: deque[_Encoded] = deque(maxlen=self.model.config.frames)
         for encoded in self._encode(iter(frames)):
             window.append(encoded)
-            if encoded.index >= reach:
-                yield self._enlarge(window, encoded.index - reach)
+            if encoded.number >= reach:
+                yield self._enlarge(window, encoded.number - reach)
         if window:
-            last = window[-1].index
+            last = window[-1].number
             for center in range(max(last - reach + 1, 0), last + 1):
                 yield self._enlarge(window, center)
 
@@ -129,42 +130,44 @@ class Upscaler:
         halo = 2 * self.model.receptive_field
         return max(int(math.sqrt(pixels)) - halo, 32), f"{TILE_BYTES >> 20} MiB at once"
 
-    def _encode(self, frames: Iterator[Frame]) -> Iterator[_Encoded]:
+    def _encode(self, frames: Iterator[Picture]) -> Iterator[_Encoded]:
         detector = CutDetector()
-        index = scene = 0
+        number = scene = 0
         size = None
         while chunk := list(islice(frames, self.chunk)):
             lr = [_to_tensor(frame) for frame in chunk]
-            for x in lr:
+            for i, x in enumerate(lr, number):
                 size = size or x.shape
                 if x.shape != size:
                     raise ValueError(
                         f"all frames must have one size, {size[2]}x{size[1]} as the first, "
-                        f"got {x.shape[2]}x{x.shape[1]} at frame {index}"
+                        f"got {x.shape[2]}x{x.shape[1]} at frame {i}"
                     )
             stacked = torch.stack(lr).to(self.device)
             for frame, x, features in zip(chunk, stacked, self._features(stacked), strict=True):
                 if self.scene_cuts and detector.is_cut(frame):
-                    scene = index
-                yield _Encoded(frame, x[None], features, index, scene)
-                index += 1
+                    scene = number
+                yield _Encoded(frame, x[None], features, number, scene)
+                number += 1
 
     @torch.inference_mode()
     def _features(self, lr: Tensor) -> list[Features]:
         """Features of each of lr [N, 3, H, W]."""
         x = lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
+        if self.device.type == "cpu":  # batches gain nothing here, and may round differently
+            return [self.model.encode(frame[None]) for frame in x]
         features = self.model.encode(x)
         return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
 
     @torch.inference_mode()
-    def _enlarge(self, window: deque[_Encoded], center: int) -> Frame:
+    def _enlarge(self, window: deque[_Encoded], center: int) -> Picture:
         """Enlarge frame number `center` of the window."""
-        by_index = {encoded.index: encoded for encoded in window}
-        middle = by_index[center]
-        end = max(e.index for e in window if e.scene == middle.scene)
+        by_number = {encoded.number: encoded for encoded in window}
+        middle = by_number[center]
+        end = max(e.number for e in window if e.scene == middle.scene)
         reach = self.model.config.frames // 2
         neighbors = [
-            by_index[mirror(i, middle.scene, end)].features
+            by_number[mirror(i, middle.scene, end)].features
             for i in range(center - reach, center + reach + 1)
         ]
         k = torch.stack([n.k for n in neighbors], 1)
@@ -176,7 +179,7 @@ class Upscaler:
             z[:, :, rows] = self.model.fuse(f[:, :, rows], q[:, rows], k, v, first_row=top)
         return self._decode(z, middle.lr, isinstance(middle.frame, np.ndarray))
 
-    def _decode(self, z: Tensor, lr: Tensor, to_array: bool) -> Frame:
+    def _decode(self, z: Tensor, lr: Tensor, to_array: bool) -> Picture:
         """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] uint8, or [3, 4H, 4W] in [0, 1]."""
         height, width = z.shape[2:]
         tile, _ = self.tile_for(height, width)
@@ -199,8 +202,8 @@ class Upscaler:
 
 
 def upscale(
-    frames: Iterable[Frame], model: MANA | str | Path = "tiny", **options
-) -> Iterator[Frame]:
+    frames: Iterable[Picture], model: MANA | str | Path = "tiny", **options
+) -> Iterator[Picture]:
     """Enlarge the frames of a video four times.
 
     Args:
@@ -232,7 +235,7 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
         yield length * i // parts, length * (i + 1) // parts
 
 
-def _to_tensor(frame: Frame) -> Tensor:
+def _to_tensor(frame: Picture) -> Tensor:
     """[3, H, W] float32 in [0, 1]."""
     if isinstance(frame, Tensor):
         if frame.ndim != 3 or frame.shape[0] != 3 or not frame.is_floating_point():
@@ -278,7 +281,7 @@ class CutDetector:
         self.previous: np.ndarray | None = None
         self.scores: deque[float] = deque(maxlen=self.RECENT)
 
-    def is_cut(self, frame: Frame) -> bool:
+    def is_cut(self, frame: Picture) -> bool:
         """True if the frame does not continue the one given before."""
         thumbnail, self.previous = self.previous, _thumbnail(frame, self.SIDE)
         if thumbnail is None:
@@ -299,7 +302,7 @@ class CutDetector:
         return float(np.abs(a - b).mean()) * (1 - correlation)
 
 
-def _thumbnail(frame: Frame, side: int) -> np.ndarray:
+def _thumbnail(frame: Picture, side: int) -> np.ndarray:
     """Mean luma of blocks, 0..255: at most [side, side]."""
     if isinstance(frame, Tensor):
         frame = rearrange(frame.detach().float().cpu() * 255, "c h w -> h w c").numpy()
@@ -309,7 +312,7 @@ def _thumbnail(frame: Frame, side: int) -> np.ndarray:
     return sums / np.outer(np.diff(y), np.diff(x))
 
 
-def in_thread(items: Iterable, depth: int = 4) -> Iterator:
+def in_thread(items: Iterable, depth: int = 4) -> Generator:
     """Iterate in a background thread, at most `depth` items ahead.
 
     An exception of the iterable is raised here, in its place; closing this iterator closes the

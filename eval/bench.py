@@ -1,0 +1,291 @@
+"""Speed and memory of this machine's PyTorch path, as ratios measured in one process.
+
+    python eval/bench.py                   all parts, about eight minutes on two cores
+    python eval/bench.py attention import  some of them
+
+Parts: attention (tiled against dense eager at 64x112, D=64, T=7, sigma=4), model (the paper preset
+streamed against 7 encodes per frame and dense eager attention), pipeline (tiny at 448x256 output,
+with decoding and encoding), memory (peak of 1280x720 input, and of 1000 frames against 100),
+import. Variants alternate; times are medians, with the 20th and 80th percentiles. Peak memory is
+that of a process of its own. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mana_triton import MANA, MANAConfig, cross_frame_attention
+from mana_triton.stream import Upscaler
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
+PARTS = ("attention", "model", "pipeline", "memory", "import")
+SIZE = (64, 112)  # low-resolution rows and columns of the paper's 448x256 frames
+Row = dict[str, float | str | None]
+
+
+def interleave(variants: dict[str, Callable], runs: int) -> dict[str, list[float]]:
+    """Milliseconds of each variant in turn, after one uncounted round."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for counted in [False] + [True] * runs:
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            if counted:
+                times[name].append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def summarize(name: str, ms: list[float], baseline: list[float] | None = None) -> Row:
+    """A row of the table: median, percentiles and the ratio to a baseline."""
+    low, high = np.percentile(ms, [20, 80])
+    row: Row = {"what": name, "ms": statistics.median(ms), "p20": float(low), "p80": float(high)}
+    if baseline:
+        row["times_faster"] = statistics.median(baseline) / statistics.median(ms)
+    return row
+
+
+def bench_attention(threads: int) -> list[Row]:
+    """Forward, forward + backward, error and extra memory of tiled against dense eager."""
+    variants = {"dense eager": _eager, "tiled": _tiled}
+    rows: list[Row] = []
+    inputs = _attention_inputs()
+    with torch.no_grad():
+        ms = interleave({name: lambda f=f: f(*inputs) for name, f in variants.items()}, 3)
+        exact, fast = _eager(*inputs), _tiled(*inputs)
+    rows += [summarize(f"forward, {name}", ms[name], ms["dense eager"]) for name in variants]
+    rows[-1]["relative_error"] = float((fast - exact).norm() / exact.norm())
+    rows[-1]["extra_mib"] = _peak_of("_forward_peak", threads)
+    for x in inputs:
+        x.requires_grad_()
+    upstream = torch.randn_like(inputs[1])
+    ms = interleave(
+        {name: lambda f=f: _backward(f, inputs, upstream) for name, f in variants.items()}, 2
+    )
+    rows += [
+        summarize(f"forward + backward, {name}", ms[name], ms["dense eager"]) for name in variants
+    ]
+    rows[-1]["extra_mib"] = _peak_of("_backward_peak", threads)
+    return rows
+
+
+def _attention_inputs() -> list[Tensor]:
+    """Q, k, v of unit-normal entries at 0.6, as in the study, and sigma."""
+    torch.manual_seed(0)
+    h, w = SIZE
+    q, k = torch.randn(1, h, w, 64) * 0.6, torch.randn(1, 7, h, w, 64) * 0.6
+    return [q, k, torch.randn(1, 7, h, w, 64), torch.tensor(4.0)]
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    return cross_frame_attention(q, k, v, sigma, scale=1.0, backend="tiled")
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """One frame after the other, as people write it."""
+    frames = [
+        cross_frame_attention(
+            q, k[:, t : t + 1], v[:, t : t + 1], sigma, scale=1.0, backend="reference"
+        )
+        for t in range(k.shape[1])
+    ]
+    return torch.cat(frames, 1)
+
+
+def _backward(attention: Callable, inputs: list[Tensor], upstream: Tensor) -> None:
+    for x in inputs:
+        x.grad = None
+    attention(*inputs).backward(upstream)
+
+
+def _forward_peak() -> float:
+    inputs = _attention_inputs()
+    with torch.no_grad():
+        return _extra_mib(lambda: _tiled(*inputs))
+
+
+def _backward_peak() -> float:
+    inputs = [x.requires_grad_() for x in _attention_inputs()]
+    upstream = torch.randn_like(inputs[1])
+    return _extra_mib(lambda: _backward(_tiled, inputs, upstream))
+
+
+def _extra_mib(run: Callable) -> float:
+    """Peak resident memory during a run over that before it; a small run warms up first."""
+    small = [torch.randn(1, 33, 33, 64), *(torch.randn(1, 7, 33, 33, 64) for _ in range(2))]
+    _backward(_tiled, [*(x.requires_grad_() for x in small), torch.tensor(4.0)], small[1].detach())
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    clear.write_text("5")  # the peak starts again from here
+    before = _status_mib(status, "VmRSS")
+    run()
+    return _status_mib(status, "VmHWM") - before
+
+
+def _status_mib(status: Path, key: str) -> float:
+    return int(status.read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+
+def _peak_of(function: str, threads: int) -> float:
+    """Result of a function of this file in a fresh process."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; "
+        f"torch.set_num_threads({threads}); print(bench.{function}())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout)
+
+
+def bench_model(threads: int) -> list[Row]:
+    """The paper preset in float32: streamed, against the same network run the naive way."""
+    torch.manual_seed(0)
+    model = MANA(MANAConfig.preset("paper"))
+    torch.nn.init.normal_(model.w_z.weight, std=0.01)
+    upscaler = Upscaler(model, device="cpu", precision="fp32")
+    h, w = SIZE
+    clip = np.random.default_rng(0).integers(0, 256, (4, h, w, 3), np.uint8)
+    window = torch.rand(1, 7, 3, h, w)
+
+    def naive() -> None:
+        model.backend = "reference"
+        with torch.inference_mode():
+            model(window.contiguous())
+        model.backend = "tiled"
+
+    def streamed() -> None:
+        for _ in upscaler.stream(iter(clip)):
+            pass
+
+    ms = interleave({"naive": naive, "streamed": streamed}, 3)
+    ms["streamed"] = [x / len(clip) for x in ms["streamed"]]
+    name = {"naive": "7 encodes, dense eager", "streamed": "streamed, tiled"}
+    return [summarize(f"paper fp32, {name[key]}", ms[key], ms["naive"]) for key in ms]
+
+
+def bench_pipeline(threads: int) -> list[Row]:
+    """Tiny at 448x256 output: the command's own figure, from decoding to the written file."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        write_clip(clip, *SIZE, frames=120)
+        results = [run_infer(clip, threads) for _ in range(3)]
+    return [summarize("tiny, whole pipeline", [result["ms_per_frame"] for result in results])]
+
+
+def bench_memory(threads: int) -> list[Row]:
+    """Peak memory of the command on large frames, and on few and many small ones."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for height, width, frames in ((720, 1280, 10), (*SIZE, 100), (*SIZE, 1000)):
+            clip = Path(folder) / f"{height}-{frames}.mp4"
+            write_clip(clip, height, width, frames)
+            result = run_infer(clip, threads)
+            rows.append(
+                {
+                    "what": f"tiny, {frames} frames of {width}x{height}",
+                    "ms": result["ms_per_frame"],
+                    "peak_mib": result["peak_mib"],
+                }
+            )
+    return rows
+
+
+def bench_import(threads: int) -> list[Row]:
+    """Time of `import mana_triton` over that of `import torch`."""
+
+    def run(statement: str) -> None:
+        subprocess.run([sys.executable, "-c", statement], check=True, cwd=Path(__file__).parents[1])
+
+    ms = interleave(
+        {"torch": lambda: run("import torch"), "ours": lambda: run("import torch, mana_triton")}, 5
+    )
+    over = statistics.median(ms["ours"]) - statistics.median(ms["torch"])
+    return [
+        summarize("import torch", ms["torch"]),
+        {**summarize("import torch, mana_triton", ms["ours"]), "over_torch_ms": over},
+    ]
+
+
+def write_clip(path: Path, height: int, width: int, frames: int) -> None:
+    """The demo clip at another size, forwards and backwards until there are enough frames."""
+    import av
+
+    with av.open(str(DEMO)) as source:
+        pictures = [frame.reformat(width, height, "yuv420p") for frame in source.decode(video=0)]
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=25, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(frames):
+            place = i % (2 * len(pictures) - 2)
+            picture = pictures[min(place, 2 * len(pictures) - 2 - place)]
+            picture.pts, picture.time_base = i, Fraction(1, 25)
+            target.mux(stream.encode(picture))
+        target.mux(stream.encode(None))
+
+
+def run_infer(clip: Path, threads: int) -> dict:
+    """The JSON line of the command on a clip, in a process of its own."""
+    code = (
+        "import sys, torch; from mana_triton.infer import main; "
+        f"torch.set_num_threads({threads}); sys.argv[1:] = [{str(clip)!r}, '--overwrite']; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, check=True,
+    )  # fmt: skip
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def show(rows: list[Row]) -> None:
+    """The table, on stdout."""
+    units = {
+        "ms": "ms", "p20": "p20", "p80": "p80", "times_faster": "x faster",
+        "extra_mib": "extra MiB",
+        "peak_mib": "peak MiB", "relative_error": "rel. error", "over_torch_ms": "over torch, ms",
+    }  # fmt: skip
+    used = [key for key in units if any(row.get(key) is not None for row in rows)]
+    table = Table("", *(units[key] for key in used))
+    for row in rows:
+        cells = [row.get(key) for key in used]
+        table.add_row(str(row["what"]), *("" if x is None else f"{x:.4g}" for x in cells))
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(args.threads)
+    rows: list[Row] = []
+    for part in args.parts or PARTS:
+        rows += globals()[f"bench_{part}"](args.threads)
+    show(rows)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(json.dumps({"rows": rows, "threads": args.threads, "cpu": capability, **versions}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,879 @@
+"""Video files and image folders in and out, through PyAV: exact pixels, everything else kept.
+
+    with open_reader("in.mp4") as reader, open_writer("out.mp4", reader, width, height) as writer:
+        for frame in reader:
+            writer.write(enlarge(frame.rgb), frame)
+
+Pixels are full-range RGB, uint8. The matrix and range between them and the file's YUV are always
+given explicitly: swscale's own choice is wrong for untagged files and when encoding. Timestamps
+are the input's. Audio, subtitles, fonts, chapters and tags are copied without re-encoding. An
+output has its final name only once it is complete.
+"""
+
+import errno
+import itertools
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self, cast
+
+import av
+import numpy as np
+from av.codec.codec import UnknownCodecError, find_best_pix_fmt_of_list
+from av.error import FFmpegError, InvalidDataError
+from av.format import Flags as FormatFlags
+from av.stream import Disposition, Stream
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from PIL import Image, ImageOps
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".ts", ".nut")  # that can be written
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
+
+_MP4_LIKE = (".mp4", ".m4v", ".mov")
+_ENCODER_MEMORY = 256 * 2**20  # bytes of waiting frames that x264 or x265 may hold
+# frames that they look ahead by preset; slower ones than these look further than medium
+_LOOKAHEAD = {
+    "libx264": {"ultrafast": 0, "superfast": 0, "veryfast": 10, "faster": 20, "fast": 30},
+    "libx265": {"ultrafast": 5, "superfast": 10, "veryfast": 15, "faster": 15, "fast": 15},
+}
+# swscale's default skips chroma interpolation and rounds loosely: up to 6/255 off instead of 2
+_SCALING = (
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+)
+# H.273 matrix number, which is also FFmpeg's -> our name, swscale's number
+_MATRICES = {
+    1: ("bt709", Colorspace.ITU709),
+    4: ("fcc", Colorspace.FCC),
+    5: ("bt601", Colorspace.ITU601),
+    6: ("bt601", Colorspace.ITU601),
+    7: ("smpte240m", Colorspace.SMPTE240M),
+    9: ("bt2020", Colorspace.BT2020),
+}
+# tags that describe the input file rather than its content
+_STALE_TAG = re.compile(
+    "major_brand|minor_version|compatible_brands|encoder|duration|bps|number_of_(frames|bytes)"
+    "|_statistics_.*|vendor_id",
+    re.IGNORECASE,
+)
+# tags that mp4 stores where every player looks; others need a newer place that few look at
+_CLASSIC_TAG = re.compile(
+    "title|artist|album_artist|album|composer|date|comment|genre|copyright|grouping|lyrics"
+    "|description|synopsis|show|episode_id|network|keywords|creation_time|location|track|disc"
+)
+
+# av.VideoFrame or av.Packet; PyAV's stubs let their times be None where that cannot be
+_Timed = Any
+
+
+class MediaError(Exception):
+    """A file cannot be read or written; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture and when it is shown.
+
+    Attributes:
+        rgb: [H, W, 3] uint8, full-range RGB.
+        pts: presentation time, in units of `time_base` seconds.
+        duration: in the same units, 0 if unknown.
+        name: file stem in an image folder, else None.
+    """
+
+    rgb: np.ndarray
+    pts: int
+    time_base: Fraction
+    duration: int = 0
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Color:
+    """What a file's numbers mean: H.273 code points, 2 = unspecified."""
+
+    matrix: int = 1
+    full_range: bool = False
+    primaries: int = 1
+    transfer: int = 1
+    guessed: bool = False
+
+    @property
+    def name(self) -> str:
+        """bt601, bt709, bt2020, ..."""
+        return _MATRICES[self.matrix][0]
+
+    @property
+    def sws(self) -> tuple[Colorspace, ColorRange]:
+        """Matrix and range in swscale's numbers."""
+        return _MATRICES[self.matrix][1], ColorRange.JPEG if self.full_range else ColorRange.MPEG
+
+
+@contextmanager
+def _explained(path: Path, action: str) -> Iterator[None]:
+    """Turn FFmpeg's and the system's errors into a MediaError about `path`."""
+    try:
+        yield
+    except (FFmpegError, OSError) as error:
+        raise MediaError(f"{path}: cannot {action}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | FFmpegError) -> str:
+    """A system or FFmpeg error in plain words."""
+    if isinstance(error, InvalidDataError):
+        return "it is not a video, or it is damaged"
+    known = {
+        errno.ENOENT: "no such file or folder",
+        errno.EACCES: "permission denied",
+        errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+        errno.EFBIG: "disk full or file too large; write elsewhere",
+    }
+    return known.get(error.errno or 0, error.strerror or str(error))
+
+
+def _is_cover(stream: Stream) -> bool:
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The tags that are still true of the output."""
+    tags = {key: value for key, value in metadata.items() if not _STALE_TAG.fullmatch(key)}
+    if "name" in tags:  # how FFmpeg reads, but does not write, a track title in mp4
+        tags.setdefault("title", tags.pop("name"))
+    return tags
+
+
+class _Reader:
+    """What both kinds of reader share: notes and the context manager."""
+
+    notes: list[str]
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def close(self) -> None:
+        """Close what is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class VideoReader(_Reader):
+    """Frames of the first video stream of a file, in presentation order; iterate once.
+
+    Args:
+        path: any file FFmpeg can decode.
+        start: leave out frames before this many seconds (by seeking, not by decoding all).
+        end: leave out frames at or after this many seconds.
+
+    Attributes:
+        width, height: pixels as coded, before `rotation` (degrees counterclockwise) is applied.
+        rate: nominal frames per second; the timestamps may be irregular.
+        frame_count: expected number of frames, for progress only; None if unknown.
+        colorspace, color_range, color_guessed: how YUV is decoded ("bt709", "limited"), and
+            whether that is a guess because the file does not say; `color` has all tags.
+        offset: seconds of the input that are zero of the output; not 0 if the start is cut.
+        notes: lines the user should see.
+        truncated: after iterating, why frames are missing or damaged; None if all is well.
+
+    Raises:
+        MediaError: the file is missing, unreadable, not a video, or has no frame in the range.
+    """
+
+    def __init__(self, path: str | Path, start: float | None = None, end: float | None = None):
+        self.path, self.start, self.end = Path(path), start or None, end
+        self.notes, self.truncated = [], None
+        self._open()
+        try:
+            self._frames = self._in_range()
+            first = next(self._frames, None)
+            if first is None:
+                raise MediaError(f"{path}: no frame can be decoded{self._range_hint()}")
+            self._describe(first)
+            self._frames = itertools.chain([first], self._frames)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        with _explained(self.path, "read it as a video"):
+            self._container = av.open(str(self.path), metadata_errors="replace")
+        videos = [s for s in self._container.streams.video if not _is_cover(s)]
+        if not videos or videos[0].codec_context is None:
+            what = "its video codec is unknown" if videos else "it has no video stream"
+            if not self._container.streams:
+                what = "it is not a video, or it is damaged"
+            self._container.close()
+            raise MediaError(f"{self.path}: {what}; give another file or convert this one")
+        self._stream = stream = videos[0]
+        stream.thread_type = "SLICE"  # frame threads hold frames, and lose them at damaged ends
+        self._damaged = 0
+        self.stream_index, self.time_base = stream.index, stream.time_base or 1 / Fraction(90000)
+        rates = (stream.average_rate, stream.guessed_rate)
+        self.rate = next((rate for rate in rates if rate and 1 <= rate <= 1000), Fraction(25))
+        # broadcast recordings start at an arbitrary time; other files start when they say
+        self._origin = Fraction(0)
+        if self._container.format.flags & FormatFlags.ts_discont.value:
+            ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
+            self._origin = ticks * self.time_base
+        self.stop = None if self.end is None else Fraction(self.end) + self._origin
+
+    def _range_hint(self) -> str:
+        if self.start is None and self.end is None:
+            return "; the file is empty or damaged"
+        lasts = f"; it ends at {self._end - self._origin:.2f} s" if self._end else ""
+        return f" from {self.start or 0} s to {'the end' if self.end is None else self.end}{lasts}"
+
+    @property
+    def _end(self) -> float | None:
+        """When the video ends, in seconds, according to the headers; None if they do not say."""
+        stream, container = self._stream, self._container
+        if stream.duration:
+            return float(((stream.start_time or 0) + stream.duration) * self.time_base)
+        if clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+            return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])  # Matroska
+        length = container.duration if len(container.streams) == 1 else None
+        return length / av.time_base if length else None
+
+    def _describe(self, first: _Timed) -> None:
+        self.width, self.height, self.rotation = first.width, first.height, first.rotation
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+        self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
+        self.color = self._find_color(first)
+        self.colorspace, self.color_guessed = self.color.name, self.color.guessed
+        self.color_range = "full" if self.color.full_range else "limited"
+        self.offset = first.pts * self.time_base if self.start else self._origin
+        self.frame_count = None
+        if self.start is None and self.end is None and self._stream.frames:
+            self.frame_count = self._stream.frames
+        elif self._end:
+            end = min(self._end, self._end if self.stop is None else float(self.stop))
+            self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
+        if first.interlaced_frame:
+            self._note("the video is interlaced and enlarged as it is; better deinterlace it first")
+        if any(component.is_alpha for component in first.format.components):
+            self._note("transparency is dropped")
+        if self.color.transfer in (16, 18):
+            self._note("HDR video is processed with 8 bits per channel")
+
+    def _find_color(self, first: av.VideoFrame) -> Color:
+        name, matrix = first.format.name, first.colorspace
+        full = first.color_range == ColorRange.JPEG or name.startswith("yuvj")
+        self._is_rgb = first.format.is_rgb or first.format.has_palette
+        if self._is_rgb or name.startswith("gray"):
+            return Color(full_range=full and not self._is_rgb)
+        if matrix == 2:  # unspecified: what players assume, by size
+            code = 1 if first.height >= 720 else 6
+            guess = Color(code, full, code, code, guessed=True)
+            self._note(f"the file does not say which colors it uses; taken as {guess.name}")
+            return guess
+        if matrix not in _MATRICES:
+            raise MediaError(
+                f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
+            )
+        return Color(matrix, full, first.color_primaries, first.color_trc)
+
+    def _in_range(self) -> Iterator[_Timed]:
+        frames, start = self._decoded(), self._origin + Fraction(self.start or 0)
+        if self.start:
+            with suppress(FFmpegError):
+                # one second early, because seeking goes by decoding time, which B frames shift
+                self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
+            first = next(frames, None)
+            if first is None or first.pts * self.time_base > start:  # failed or overshot
+                self._container.close()
+                self._open()
+                frames = self._decoded()
+            else:
+                frames = itertools.chain([first], frames)
+        for frame in frames:
+            time = frame.pts * self.time_base
+            if self.stop is not None and time >= self.stop:
+                return
+            if time >= start:
+                self._damaged += frame.is_corrupt
+                yield frame
+
+    def _decoded(self) -> Iterator[_Timed]:
+        """All frames from here on, with increasing timestamps; damage is counted and skipped."""
+        packets = self._container.demux(self._stream)
+        last, lasts, stopped = None, 0, None
+        while True:
+            try:
+                packet = next((p for p in packets if p.size), None)
+            except FFmpegError as error:
+                packet, stopped = None, _reason(error)
+            try:
+                frames = self._stream.decode(packet)
+            except FFmpegError:
+                self._damaged += 1
+                frames = []
+            for frame in frames:
+                last, lasts = self._increasing(frame, last), frame.duration
+                frame.pts = last
+                yield frame
+            if packet is None:
+                self._judge_end(last, lasts, stopped)
+                return
+
+    def _increasing(self, frame: _Timed, last: int | None) -> int:
+        """The frame's timestamp, replaced if it is missing or not after the last one."""
+        if frame.pts is None:
+            period = max(1, round(1 / (self.rate * self.time_base)))
+            return (self._stream.start_time or 0) if last is None else last + period
+        if last is not None and frame.pts <= last:
+            self._note("timestamps that ran backwards were corrected; check sound against picture")
+            return last + 1
+        return frame.pts
+
+    def _judge_end(self, last: int | None, lasts: int, stopped: str | None) -> None:
+        """Set `truncated` if frames were lost; the last one came at `last` for `lasts` ticks."""
+        if last is None:
+            return
+        seconds, end = float((last + lasts) * self.time_base), self._end or 0
+        if stopped:
+            self.truncated = f"reading stopped after {seconds:.2f} s: {stopped}"
+        elif end - seconds > 2.5 / self.rate:
+            self.truncated = f"the video stops at {seconds:.2f} s instead of {end:.2f} s"
+        elif self._damaged:
+            self.truncated = f"frames damaged or missing: {self._damaged}"
+
+    def __iter__(self) -> Iterator[Frame]:
+        matrix, color_range = self.color.sws
+        for frame in self._frames:
+            if (frame.width, frame.height) != (self.width, self.height):
+                self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
+            picture = frame.reformat(
+                self.width,
+                self.height,
+                "rgb24",
+                src_colorspace=matrix,
+                src_color_range=ColorRange.JPEG if self._is_rgb else color_range,
+                dst_color_range=ColorRange.JPEG,
+                interpolation=_SCALING,
+            )
+            yield Frame(picture.to_ndarray(), frame.pts, self.time_base, frame.duration)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+
+class _Copier:
+    """Copies everything but the pictures from a second look at the input, packet by packet."""
+
+    def __init__(self, reader: VideoReader, writer: "VideoWriter"):
+        self._reader, self._output, self._writer = reader, writer._container, writer
+        self._source = av.open(str(reader.path), metadata_errors="replace")
+        self._copy_tags()
+        self._targets: dict[int, Stream] = {}
+        for stream in self._source.streams:
+            if stream.index != reader.stream_index:
+                self._add(stream)
+        if reader.start:
+            with suppress(FFmpegError):  # without seeking it only takes longer
+                self._source.seek(int((reader.offset - 1) * av.time_base))
+        streams = [self._source.streams[index] for index in self._targets]
+        self._packets = self._source.demux(*streams) if streams else iter(())
+        self._waiting: _Timed = None
+
+    def _copy_tags(self) -> None:
+        tags = _lasting(self._source.metadata)
+        self._output.metadata.update(tags)
+        if self._writer.suffix in _MP4_LIKE and not all(map(_CLASSIC_TAG.fullmatch, tags)):
+            self._output.container_options["movflags"] = "use_metadata_tags"
+        picture, video = self._source.streams[self._reader.stream_index], self._writer._stream
+        video.metadata.update(_lasting(picture.metadata))
+        video.disposition = picture.disposition
+        stop, chapters = self._reader.stop, []
+        for chapter in cast(list[Any], self._source.chapters()):
+            tick = chapter["time_base"]
+            shift = round(self._reader.offset / tick)
+            end = chapter["end"] if stop is None else min(chapter["end"], round(stop / tick))
+            if end - shift > max(0, chapter["start"] - shift):
+                start = max(0, chapter["start"] - shift)
+                chapters.append(chapter | {"start": start, "end": end - shift})
+        if chapters:
+            self._output.set_chapters(chapters)
+
+    def _add(self, stream: Stream) -> None:
+        """Make a stream of the output that takes this one's packets, or note that it cannot be."""
+        if stream.type == "data" and self._source.chapters():
+            return  # this is how mp4 stores chapters; they are written anew
+        name = f"{stream.type} stream {stream.index} ({stream.name or 'unknown'})"
+        wanted = stream.type in ("audio", "subtitle") or _is_cover(stream)
+        if wanted or (stream.type == "attachment" and self._writer.suffix == ".mkv"):
+            try:
+                target = self._output.add_stream_from_template(stream, opaque=True)
+            except (ValueError, FFmpegError) as error:
+                if stream.type == "audio":
+                    raise MediaError(
+                        f"{self._writer.path}: '{self._writer.suffix}' files cannot hold the"
+                        f" input's {name}; write a .mkv file"
+                    ) from error
+            else:
+                target.metadata.update(_lasting(stream.metadata))
+                target.disposition = stream.disposition
+                if stream.type != "attachment":
+                    self._targets[stream.index] = target
+                return
+        self._writer.notes.append(f"{name} is left out")
+
+    def until(self, seconds: Fraction | None) -> None:
+        """Copy the packets up to this time of the input; None copies all that is left."""
+        while packet := self._waiting or self._next():
+            self._waiting = packet
+            stamp = packet.pts if packet.dts is None else packet.dts
+            if None not in (seconds, stamp) and stamp * packet.time_base > seconds:
+                return
+            self._waiting = None
+            if self._is_in_range(packet):
+                self._mux(packet)
+
+    def _next(self) -> _Timed:
+        try:
+            return next((p for p in self._packets if p.size and not p.is_corrupt), None)
+        except FFmpegError as error:
+            self._writer.notes.append(f"copying sound and the like stopped: {_reason(error)}")
+            return None
+
+    def _is_in_range(self, packet: _Timed) -> bool:
+        if packet.pts is None or _is_cover(packet.stream):
+            return True
+        time, stop = packet.pts * packet.time_base, self._reader.stop
+        after_start = not self._reader.start or time >= self._reader.offset
+        return after_start and (stop is None or time < stop)
+
+    def _mux(self, packet: _Timed) -> None:
+        if shift := round(self._reader.offset / packet.time_base):
+            packet.pts = None if packet.pts is None else packet.pts - shift
+            packet.dts = None if packet.dts is None else packet.dts - shift
+        packet.stream = self._targets[packet.stream.index]
+        try:
+            self._output.mux_one(packet)
+        except InvalidDataError:  # the input's fault, not the disk's
+            note = "damaged sound was left out"
+            if note not in self._writer.notes:
+                self._writer.notes.append(note)
+
+    def close(self) -> None:
+        """Close the second look at the input."""
+        self._source.close()
+
+
+class _Writer:
+    """What both kinds of writer share: checks, the temporary name and the context manager."""
+
+    def __init__(
+        self, path: str | Path, reader: "VideoReader | ImageFolderReader", width: int, height: int
+    ):
+        self.path, self.notes = Path(path), []
+        self.suffix = self.path.suffix.lower()
+        self.width, self.height, self._reader = width, height, reader
+
+    def _claim(self, overwrite: bool) -> Path:
+        """A hidden name beside the output's, after checking that the output may be written."""
+        path = self.path
+        if path.exists():
+            if path.samefile(self._reader.path):
+                raise MediaError(f"{path}: is the input itself; choose another output")
+            if not overwrite and not (path.is_dir() and not any(path.iterdir())):
+                raise MediaError(f"{path}: exists; use --overwrite or choose another output")
+        if not path.parent.is_dir():
+            raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
+        return path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
+
+    def _check(self, rgb: np.ndarray) -> None:
+        if rgb.shape != (self.height, self.width, 3) or rgb.dtype != np.uint8:
+            raise ValueError(
+                f"rgb must be [{self.height}, {self.width}, 3] uint8, got {rgb.shape} {rgb.dtype}"
+            )
+
+    def close(self) -> None:
+        """Finish the output and give it its name."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Delete what was written so far; nothing to do after close."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class VideoWriter(_Writer):
+    """Encodes frames; copies everything else of the reader's file beside them.
+
+    Args:
+        path: output; its suffix chooses the container.
+        reader: where the frames come from: timestamps, colors, rotation, audio, tags.
+        width, height: of the frames to be written, pixels.
+        codec: FFmpeg encoder.
+        crf: constant quality, for encoders that have it; None for their default.
+        options: further encoder options; "pix_fmt" is taken as the argument of that name.
+        overwrite: replace an existing output.
+        pix_fmt: None means yuv420p, or what the encoder has closest to it.
+
+    Attributes:
+        notes: lines the user should see.
+
+    Raises:
+        MediaError: the output cannot be written as asked; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        reader: "VideoReader | ImageFolderReader",
+        width: int,
+        height: int,
+        *,
+        codec: str = "libx264",
+        crf: float | None = 18,
+        options: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        pix_fmt: str | None = None,
+    ):
+        super().__init__(path, reader, width, height)
+        self._copier: _Copier | None = None
+        self._durations: dict[int, int] = {}  # by pts, of the frames the encoder holds
+        self._finished = False
+        if self.suffix not in VIDEO_SUFFIXES:
+            known = " ".join(VIDEO_SUFFIXES)
+            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
+        if self.path.is_dir():
+            raise MediaError(f"{path}: is a folder; give a file name")
+        self._part = self._claim(overwrite)
+        options = {key: str(value) for key, value in (options or {}).items()}
+        pix_fmt = options.pop("pix_fmt", pix_fmt)
+        self._container = av.open(str(self._part), "w")  # creates no file yet
+        try:
+            with _explained(self.path, "write"):
+                self._open(codec, crf, options, pix_fmt)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, codec: str, crf: float | None, options: dict, pix_fmt: str | None) -> None:
+        reader = self._reader
+        if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
+            ticks = str(max(1000, reader.time_base.denominator))
+            self._container.container_options["movie_timescale"] = ticks
+        self._stream = self._add_video(codec, crf, options, pix_fmt)
+        if isinstance(reader, VideoReader):
+            if reader.display_matrix:  # before the header; its translation is in pixels
+                matrix = list(reader.display_matrix)
+                matrix[6] = matrix[6] * self.width // reader.width
+                matrix[7] = matrix[7] * self.height // reader.height
+                self._stream.set_display_matrix(matrix)
+            self._copier = _Copier(reader, self)
+        self._container.start_encoding()
+
+    def _add_video(
+        self, codec: str, crf: float | None, options: dict, pix_fmt: str | None
+    ) -> av.VideoStream:
+        try:
+            encoder = av.Codec(codec, "w")
+            if encoder.type != "video":
+                raise UnknownCodecError(codec)
+            stream = cast(av.VideoStream, self._container.add_stream(codec, self._reader.rate))
+        except UnknownCodecError as error:
+            known = ", ".join(name for name in ENCODERS if name in av.codecs_available)
+            raise MediaError(f"unknown video encoder '{codec}'; use for example {known}") from error
+        except ValueError as error:
+            raise MediaError(
+                f"{self.path}: '{self.suffix}' files cannot hold {codec} video;"
+                " choose another --codec or write a .mkv file"
+            ) from error
+        self._choose_format(encoder, pix_fmt)
+        color, context = self._reader.color, stream.codec_context
+        context.width, context.height, context.pix_fmt = self.width, self.height, self._format.name
+        context.time_base = stream.time_base = self._reader.time_base
+        context.colorspace = 0 if self._format.is_rgb else color.matrix
+        context.color_range = self._range
+        context.color_primaries, context.color_trc = color.primaries, color.transfer
+        if self._reader.sample_aspect_ratio:
+            context.sample_aspect_ratio = self._reader.sample_aspect_ratio
+        if encoder.canonical_name == "hevc" and self.suffix in _MP4_LIKE:
+            context.codec_tag = "hvc1"  # Apple's players refuse the default, hev1
+        self._open_encoder(context, crf, options)
+        return stream
+
+    def _choose_format(self, encoder: av.Codec, wanted: str | None) -> None:
+        offered = [form.name for form in encoder.video_formats or ()]
+        if wanted is None:
+            wanted = "yuv420p"
+            if offered and wanted not in offered:
+                best, _ = find_best_pix_fmt_of_list(offered, wanted)
+                wanted = best.name if best else offered[0]
+        elif wanted not in (offered or [wanted]):
+            known = " ".join(offered)
+            raise MediaError(f"{encoder.name} cannot write pix_fmt '{wanted}'; use one of {known}")
+        self._format = av.VideoFormat(wanted, self.width, self.height)
+        full = self._reader.color.full_range or self._format.is_rgb or wanted.startswith("yuvj")
+        self._range = ColorRange.JPEG if full else ColorRange.MPEG
+
+    def _open_encoder(
+        self, context: av.VideoCodecContext, crf: float | None, options: dict[str, str]
+    ) -> None:
+        codec = context.codec
+        if crf is not None and "qp" not in options:
+            if "crf" in {option.name for option in context.supported_options.private}:
+                options = {"crf": f"{crf:g}"} | options
+            elif codec.lossy:
+                self.notes.append(f"{codec.name} has no crf; it encodes at its default quality")
+        context.options = self._bounded(context, options)
+        given = " ".join(f"{key}={value}" for key, value in context.options.items())
+        try:
+            context.open()
+        except FFmpegError as error:
+            raise MediaError(
+                f"{codec.name} refuses {self.width}x{self.height} {self._format.name} {given}:"
+                f" {_reason(error)}; choose other options or another --codec"
+            ) from error
+        if unused := ", ".join(context.options):
+            raise MediaError(
+                f"{codec.name} has no option {unused}; see ffmpeg -h encoder={codec.name}"
+            )
+
+    def _bounded(self, context: av.VideoCodecContext, options: dict[str, str]) -> dict[str, str]:
+        """The options with a bound on the frames that x264 and x265 hold, and with quiet logs."""
+        name, params = context.codec.name, options.get("x265-params", "")
+        # measured with x264: 1.5 bytes a pixel for each thread, 3.5 for each frame looked ahead
+        room = _ENCODER_MEMORY / (self.width * self.height)
+        threads = min((os.cpu_count() or 1) * 3 // 2 + 1, max(2, int(room / 2 / 1.5)))
+        depth = max(5 if name == "libx264" else 10, int((room - 1.5 * threads) / 3.5))
+        usual = _LOOKAHEAD.get(name, {}).get(options.get("preset", "medium"), 40)
+        chosen = "rc-lookahead" in {*options, *re.findall(r"[\w-]+", params)}
+        chosen = chosen or "zerolatency" in options.get("tune", "")
+        bounded = name in _LOOKAHEAD and depth < usual and not chosen
+        if bounded:
+            self.notes.append(f"rc-lookahead={depth} bounds the encoder's memory")
+        if name == "libx264":
+            if "threads" not in options:
+                context.thread_count = threads
+            return options | ({"rc-lookahead": str(depth)} if bounded else {})
+        if name == "libx265":
+            parts = ["log-level=error", f"rc-lookahead={depth}" if bounded else "", params]
+            return options | {"x265-params": ":".join(filter(None, parts))}
+        if name == "libsvtav1":
+            os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
+        return options
+
+    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+        """Encode one picture, [height, width, 3] uint8 RGB, at the time of `frame`."""
+        self._check(rgb)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), "rgb24").reformat(
+            format=self._format.name,
+            dst_colorspace=self._reader.color.sws[0],
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=self._range,
+            interpolation=_SCALING,
+        )
+        picture.pts = frame.pts - int(self._reader.offset / frame.time_base)
+        picture.time_base, picture.duration = frame.time_base, frame.duration
+        self._durations[picture.pts] = frame.duration
+        with _explained(self.path, "write"):
+            if self._copier:
+                self._copier.until(frame.pts * frame.time_base)
+            self._mux(self._stream.encode(picture))
+
+    def _mux(self, packets: list[_Timed]) -> None:
+        for packet in packets:
+            packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
+            self._container.mux_one(packet)
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        if self._finished:
+            return
+        try:
+            with _explained(self.path, "write"):
+                self._mux(self._stream.encode(None))
+                if self._copier:
+                    self._copier.until(None)
+                    self._copier.close()
+                self._container.close()
+                self._part.replace(self.path)
+        except BaseException:
+            self.abort()
+            raise
+        self._finished = True
+
+    def abort(self) -> None:
+        """Delete what was written so far; nothing to do after close."""
+        if self._finished:
+            return
+        self._finished = True
+        if self._copier:
+            self._copier.close()
+        with suppress(FFmpegError, OSError):  # it may be the disk that is full
+            self._container.close()
+        self._part.unlink(missing_ok=True)
+
+
+class ImageFolderReader(_Reader):
+    """The pictures of a folder as frames, in natural order of their names (2 before 10).
+
+    Args:
+        path: folder of PNG, JPEG, WebP, TIFF or BMP files, 8 bits per channel, all of one size.
+        start, end: seconds, as of a video with `rate` frames per second.
+        rate: frames per second.
+
+    Attributes are those of VideoReader; `files` are the pictures.
+
+    Raises:
+        MediaError: no picture, an unreadable one, or different sizes.
+    """
+
+    rotation, display_matrix, sample_aspect_ratio, truncated = 0, None, None, None
+    color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
+    offset = Fraction(0)
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        rate: Fraction | int = 25,
+    ):
+        self.path, self.start, self.end, self.notes = Path(path), start, end, []
+        self.rate, self.time_base = Fraction(rate), 1 / Fraction(rate)
+        with _explained(self.path, "list the folder"):
+            names = sorted(self.path.iterdir(), key=_natural)
+        self.files = [
+            file
+            for file in names
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        ]
+        if not self.files:
+            raise MediaError(f"{path}: holds no pictures ({' '.join(IMAGE_SUFFIXES)})")
+        first = 0 if start is None else math.ceil(start * self.rate)
+        self.files = self.files[first : None if end is None else math.ceil(end * self.rate)]
+        if not self.files:
+            raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
+        self.frame_count = len(self.files)
+        self.width, self.height = _image_size(self.files[0])
+        for file in self.files:  # now rather than after hours of work
+            if (size := _image_size(file)) != (self.width, self.height):
+                raise MediaError(
+                    f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
+                    f" {self.width}x{self.height}; all pictures must have one size"
+                )
+
+    def __iter__(self) -> Iterator[Frame]:
+        for index, file in enumerate(self.files):
+            with _explained(file, "read the picture"), Image.open(file) as image:
+                if image.mode != "RGB":
+                    self._note("gray, transparent or indexed pictures are converted to RGB")
+                rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            yield Frame(rgb, index, self.time_base, 1, file.stem)
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """Sort key under which frame2 comes before frame10."""
+    parts = re.split(r"([0-9]+)", file.name)  # text and numbers alternate
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
+
+
+def _image_size(file: Path) -> tuple[int, int]:
+    """Width and height as shown, from the header."""
+    with _explained(file, "read the picture"), Image.open(file) as image:
+        if image.mode.startswith(("I", "F")):
+            raise MediaError(f"{file}: has more than 8 bits per channel; convert it to 8 bits")
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientation
+        width, height = image.size
+        return (height, width) if turned else (width, height)
+
+
+class ImageFolderWriter(_Writer):
+    """Writes frames as PNG files into a folder that gets its name when it is complete.
+
+    Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        reader: VideoReader | ImageFolderReader,
+        width: int,
+        height: int,
+        *,
+        overwrite: bool = False,
+    ):
+        super().__init__(path, reader, width, height)
+        self._count = 0
+        if self.path.is_file():
+            raise MediaError(f"{path}: is a file; give a folder or a video file name")
+        if self.path.is_dir() and any(file.suffix != ".png" for file in self.path.iterdir()):
+            raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
+        stems = sorted(file.stem for file in getattr(reader, "files", ()))
+        for one, next_one in itertools.pairwise(stems):
+            if one == next_one:
+                raise MediaError(f"{reader.path}: two pictures are called '{one}'; rename one")
+        self._part = self._claim(overwrite)
+        with _explained(self.path, "write"):
+            self._part.mkdir()
+
+    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+        """Write one picture, [height, width, 3] uint8 RGB, under the name of `frame`."""
+        self._check(rgb)
+        name = frame.name or f"{self._count:08d}"
+        self._count += 1
+        with _explained(self.path, "write"):
+            Image.fromarray(rgb).save(self._part / f"{name}.png", compress_level=3)
+
+    def close(self) -> None:
+        """Give the folder its name, in place of an older one."""
+        if not self._part.exists():
+            return
+        with _explained(self.path, "write"):
+            old = self._part.with_suffix(".old")
+            if self.path.exists():
+                self.path.replace(old)
+            self._part.replace(self.path)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def abort(self) -> None:
+        """Delete what was written so far; nothing to do after close."""
+        shutil.rmtree(self._part, ignore_errors=True)
+
+
+def open_reader(
+    path: str | Path, start: float | None = None, end: float | None = None
+) -> VideoReader | ImageFolderReader:
+    """A reader for a video file or a folder of pictures."""
+    return (ImageFolderReader if Path(path).is_dir() else VideoReader)(path, start, end)
+
+
+def open_writer(
+    path: str | Path, reader: VideoReader | ImageFolderReader, width: int, height: int, **settings
+) -> VideoWriter | ImageFolderWriter:
+    """A VideoWriter if the path has a suffix, else an ImageFolderWriter; settings as theirs."""
+    if Path(path).suffix:
+        return VideoWriter(path, reader, width, height, **settings)
+    if settings.get("options"):
+        raise MediaError(f"{path}: a folder of PNG files takes no encoder options")
+    overwrite = settings.get("overwrite", False)
+    return ImageFolderWriter(path, reader, width, height, overwrite=overwrite)
