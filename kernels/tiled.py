@@ -31,7 +31,7 @@ from .reference import CrossFrame
 
 TILE = 16  # side of a query tile
 KEY_TILE = 8  # side of a key tile, and step of the halo
-CHUNK = 1 << 22  # elements of the largest temporary of the dense and the bounding passes
+CHUNK = 1 << 20  # elements of the largest temporary of the dense and the bounding passes
 LOOSE = 6.0  # nats of slack from which on key tiles are bounded one by one
 CACHE = 1 << 19  # elements of a temporary that stays in a core's cache
 
@@ -375,10 +375,10 @@ class _PlainLSE(torch.autograd.Function):
         return lse.unflatten(-1, (rows, width))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         q, k, lse = ctx.saved_tensors
         dq, dk = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k))
-        flat_q, flat_k, grad = q.flatten(1, 2), k.flatten(2, 3), grad.flatten(2)
+        flat_q, flat_k, grad = q.flatten(1, 2), k.flatten(2, 3), grads[0].flatten(2)
         for at, s in _PlainLSE.logits(q, k):
             ds = s.sub_(lse[at][:, None]).exp_().mul_(grad[at][:, None])
             clip, frame, pixels = at
@@ -391,7 +391,7 @@ class _PlainLSE(torch.autograd.Function):
         """Yield (clip, frame, query pixels) and their logits [queries, H W]."""
         work = torch.promote_types(q.dtype, torch.float32)
         q, k = q.flatten(1, 2), k.flatten(2, 3)
-        step = max(CHUNK // k.shape[2], 1)
+        step = max(CHUNK // k.shape[2], 32)
         for clip in range(k.shape[0]):
             for frame in range(k.shape[1]):
                 keys = k[clip, frame].to(work).mT

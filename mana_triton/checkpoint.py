@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 from dataclasses import asdict
@@ -35,6 +36,22 @@ OFFICIAL = {  # nonloc_spatial.* -> ours
     "std": "sigma",
     "mb": "memory",
 }
+# what torch's weights-only unpickler lets through when bytes are damaged, beside its own error
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class CheckpointError(Exception):
@@ -68,7 +85,10 @@ def load(name_or_path: str | Path) -> MANA:
         config, state = _read_safetensors(path)
     else:
         config, state = _read_official(path)
-    model = MANA(config)
+    try:
+        model = MANA(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_configuration(path, error) from error
     _check(path, state, model.state_dict())
     model.load_state_dict({name: x.float() for name, x in state.items()})
     return model.eval()
@@ -120,29 +140,46 @@ def _read_safetensors(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
         )
     try:
         config = MANAConfig(**json.loads(info["config"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} holds no readable configuration ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_configuration(path, error) from error
     with safetensors.safe_open(path, "pt") as file:
         return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _no_configuration(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} holds no readable configuration ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _read_official(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
     """Configuration deduced from, and names mapped from, the official layout."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"{path} must be a .safetensors file or a PyTorch file of plain tensors: {reason}"
+            f"{path} must be a .safetensors file or a PyTorch file of plain tensors: "
+            f"{_first_line(error)}"
         ) from error
     state = _map_official(path, _unwrap(path, content))
-    slots = state["memory"].shape[1] if "memory" in state else 0
+    first, memory = state["conv_first.weight"], state.get("memory", torch.empty(0, 0))
+    if first.ndim != 4 or first.shape[0] % 4:
+        raise CheckpointError(
+            f"{path}: tensor conv_first.weight must have shape [C, 3, 3, 3], C a multiple of 4, "
+            f"got {list(first.shape)}"
+        )
+    if memory.ndim != 2:
+        raise CheckpointError(
+            f"{path}: tensor memory must have shape [D, N], got {list(memory.shape)}"
+        )
     count = {part: _blocks(state, part) for part in ("encoder", "decoder")}
     config = MANAConfig(
-        channels=state["conv_first.weight"].shape[0],
+        channels=first.shape[0],
         encoder_blocks=count["encoder"],
         decoder_blocks=count["decoder"],
-        memory_slots=slots,
+        memory_slots=memory.shape[1],
         gaussian="gate",
         logit_scale=1.0,
     )
@@ -156,7 +193,9 @@ def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
         raise CheckpointError(
             f"{path} must hold a state dict of tensors, got {type(content).__name__}"
         )
@@ -166,12 +205,13 @@ def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
 def _map_official(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     mapped = {}
     for name, x in state.items():
-        parts = name.split(".")
-        if parts[0] == "nonloc_spatial":
-            if parts[1] == "D":  # a table of distances, [HW, HW]
+        if name.startswith("nonloc_spatial."):
+            _, part, *rest = name.split(".")
+            if part == "D":  # a table of distances, [HW, HW]
                 continue
-            name = ".".join([OFFICIAL.get(parts[1], parts[1]), *parts[2:]])
-        mapped[name] = x.reshape(()) if name == "sigma" and x.numel() == 1 else x
+            name = ".".join([OFFICIAL.get(part, part), *rest])
+        # only the square of std enters that network: its sign means nothing
+        mapped[name] = x.reshape(()).abs() if name == "sigma" and x.numel() == 1 else x
     if "conv_first.weight" not in mapped or "sigma" not in mapped:
         missing = "conv_first.weight" if "conv_first.weight" not in mapped else "nonloc_spatial.std"
         raise CheckpointError(f"{path} is not in MANA's official layout: it has no {missing}")
@@ -180,8 +220,8 @@ def _map_official(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _blocks(state: dict[str, Tensor], part: str) -> int:
     """Number of residual blocks of the encoder or decoder."""
-    found = [re.match(rf"{part}\.(\d+)\.", name) for name in state]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    found = (re.match(rf"{part}\.(\d+)\.", name) for name in state)
+    return len({match[1] for match in found if match})
 
 
 def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from .model import SCALE
 from .stream import DTYPES, Upscaler, in_thread
 from .video import VIDEO_SUFFIXES, Frame, MediaError, open_reader, open_writer
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+READABLE = (*VIDEO_SUFFIXES, ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
+
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,15 +121,17 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
                 + f" ({why})",
                 markup=False,
             )
-            for note in (*reader.notes, *writer.notes):
-                console.print(f"note: {note}", markup=False)
+            shown = _show_notes(reader, writer)
             frames = 0
-            with contextlib.closing(
-                in_thread(_enlarged(reader, upscaler, args.compare))
-            ) as results:
-                for rgb, frame in _with_progress(results, reader.frame_count):
+            enlarged = in_thread(_enlarged(reader, upscaler, args.compare))
+            with (
+                contextlib.closing(enlarged),
+                contextlib.closing(_with_progress(enlarged, reader.frame_count)) as results,
+            ):
+                for rgb, frame in results:
                     writer.write(rgb, frame)
                     frames += 1
+        _show_notes(reader, writer, shown)
         if reader.truncated:
             console.print(f"warning: {reader.truncated}", markup=False)
     seconds = time.perf_counter() - began
@@ -140,6 +144,15 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         "ms_per_frame": round(1000 * seconds / max(frames, 1), 2),
         "tile": tile,
     }
+
+
+def _show_notes(reader, writer, shown: Sequence[str] = ()) -> list[str]:
+    """Print the notes that were not shown yet; returns all of them."""
+    notes = [*reader.notes, *writer.notes]
+    for note in notes:
+        if note not in shown:
+            console.print(f"note: {note}", markup=False)
+    return notes
 
 
 def _enlarged(reader, upscaler: Upscaler, compare: bool) -> Iterator[tuple[Any, Frame]]:
@@ -164,7 +177,7 @@ def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     return np.concatenate([upscale_bicubic(torch.from_numpy(lr.copy())).numpy(), enlarged], 1)
 
 
-def _with_progress(results: Iterator, total: int | None) -> Iterator:
+def _with_progress(results: Iterator, total: int | None) -> Generator:
     """The results, with a bar of frames, frames per second and ETA on stderr."""
     columns = (
         TextColumn("{task.completed} of {task.fields[of]} frames"),
@@ -187,13 +200,15 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """The (input, output) pairs that the flags ask for.
 
     Raises:
-        MediaError: a folder without pictures and videos.
+        MediaError: several videos and one output file.
     """
     source: Path = args.input
     videos = _videos_in(source) if source.is_dir() else []
     if not videos:
         return [(source, args.output or _default_output(source))]
     folder = args.output or source
+    if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
+        raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
     if args.output:
         folder.mkdir(parents=True, exist_ok=True)
     return [(video, folder / _default_output(video).name) for video in videos]
@@ -204,21 +219,26 @@ def _videos_in(folder: Path) -> list[Path]:
     return [
         file
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in VIDEO_SUFFIXES and not file.stem.endswith(f"_x{SCALE}")
+        if file.suffix.lower() in READABLE and not file.stem.endswith(f"_x{SCALE}")
     ]
 
 
 def _default_output(source: Path) -> Path:
-    source = source.resolve() if not source.name else source  # "." has no name
-    return source.with_name(
-        f"{source.stem if source.suffix else source.name}_x{SCALE}{source.suffix}"
-    )
+    if source.is_dir():  # "." and ".." have no name; a suffix would ask for a video
+        source = source.resolve()
+        return source.with_name(f"{source.name}_x{SCALE}".replace(".", "_"))
+    return source.with_name(f"{source.stem}_x{SCALE}{source.suffix}")
 
 
 def run(args: argparse.Namespace) -> tuple[dict, int]:
     """Do what the flags ask for; returns the JSON line and the exit code."""
     jobs = plan(args)
-    upscaler = Upscaler(args.model, device=args.device, precision=args.precision, tile=args.tile)
+    try:
+        upscaler = Upscaler(
+            args.model, device=args.device, precision=args.precision, tile=args.tile
+        )
+    except ValueError as error:  # no GPU
+        sys.exit(f"error: {error}")
     done, failed = [], []
     for source, output in jobs:
         try:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import cross_frame_attention, memory_attention
+from .attention import GAUSSIANS, cross_frame_attention, memory_attention
 
 SCALE = 4
+MATCHES = ("dot", "cosine")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class MANAConfig:
     offsets: bool = False  # W_z also sees each frame's expected displacement
     sigma: float = 4.0  # where the learned width of the Gaussian starts, in low-resolution pixels
     logit_scale: float | None = None  # of dot matching; None is 1 / sqrt(D)
+
+    def __post_init__(self):
+        for field, allowed in (("gaussian", GAUSSIANS), ("match", MATCHES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.channels <= 0 or self.channels % 4:
+            raise ValueError(f"channels must be a positive multiple of 4, got {self.channels}")
 
     @classmethod
     def preset(cls, name: str) -> "MANAConfig":

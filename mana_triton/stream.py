@@ -77,14 +77,17 @@ class Upscaler:
     ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be auto, cpu or cuda, got {device!r}") from error
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda needs a CUDA GPU, there is none; use device cpu")
         self.precision, why = _choose_precision(precision, self.device)
         if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
             raise ValueError(f"tile must be 'auto' or a number of pixels >= 0, got {tile!r}")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if not (isinstance(chunk, int) and chunk >= 1):
+            raise ValueError(f"chunk must be a number of frames >= 1, got {chunk!r}")
         self.backend, reason = choose_backend(backend, self.device)
         self.tile, self.scene_cuts, self.chunk = tile, scene_cuts, chunk
         self.model = model if isinstance(model, MANA) else load(model)
@@ -238,7 +241,8 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
 def _to_tensor(frame: Picture) -> Tensor:
     """[3, H, W] float32 in [0, 1]."""
     if isinstance(frame, Tensor):
-        if frame.ndim != 3 or frame.shape[0] != 3 or not frame.is_floating_point():
+        fits = frame.ndim == 3 and frame.shape[0] == 3 and frame.numel()
+        if not (fits and frame.is_floating_point()):
             raise ValueError(
                 "a tensor frame must be [3, H, W] in [0, 1], "
                 f"got {list(frame.shape)} of {frame.dtype}"
@@ -247,7 +251,7 @@ def _to_tensor(frame: Picture) -> Tensor:
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8):
         kind = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ValueError(f"a frame must be a uint8 array or a float tensor, got {kind}")
-    if frame.ndim != 3 or frame.shape[2] != 3:
+    if not (frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
         raise ValueError(f"an array frame must be [H, W, 3], got {list(frame.shape)}")
     return rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w").float().div_(255)
 

@@ -141,6 +141,11 @@ def _reason(error: OSError | FFmpegError) -> str:
     return known.get(error.errno or 0, error.strerror or str(error))
 
 
+def _exact(seconds: float) -> Fraction:
+    """The decimal number that was meant: 0.4 is 2/5, the float nearest to it is a little more."""
+    return Fraction(str(seconds))
+
+
 def _is_cover(stream: Stream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
@@ -230,7 +235,7 @@ class VideoReader(_Reader):
         if self._container.format.flags & FormatFlags.ts_discont.value:
             ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
             self._origin = ticks * self.time_base
-        self.stop = None if self.end is None else Fraction(self.end) + self._origin
+        self.stop = None if self.end is None else _exact(self.end) + self._origin
 
     def _range_hint(self) -> str:
         if self.start is None and self.end is None:
@@ -289,7 +294,7 @@ class VideoReader(_Reader):
         return Color(matrix, full, first.color_primaries, first.color_trc)
 
     def _in_range(self) -> Iterator[_Timed]:
-        frames, start = self._decoded(), self._origin + Fraction(self.start or 0)
+        frames, start = self._decoded(), self._origin + _exact(self.start or 0)
         if self.start:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
@@ -769,8 +774,9 @@ class ImageFolderReader(_Reader):
         ]
         if not self.files:
             raise MediaError(f"{path}: holds no pictures ({' '.join(IMAGE_SUFFIXES)})")
-        first = 0 if start is None else math.ceil(start * self.rate)
-        self.files = self.files[first : None if end is None else math.ceil(end * self.rate)]
+        first = 0 if start is None else math.ceil(_exact(start) * self.rate)
+        last = None if end is None else math.ceil(_exact(end) * self.rate)
+        self.files = self.files[first:last]
         if not self.files:
             raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
         self.frame_count = len(self.files)

@@ -1,0 +1,691 @@
+"""Both attentions against their definition in float64: outputs, gradients, certificate, errors."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_as_accurate
+from torch import Tensor
+
+from mana_triton import cross_frame_attention, memory_attention
+from mana_triton.kernels import reference
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
+NAMES = ("o", "displacement", "lse", "dq", "dk", "dv", "dsigma", "dscale")
+SHAPES = {  # B, T, H, W, D
+    "one-pixel": (1, 1, 1, 1, 16),
+    "batch-7x3": (2, 7, 7, 3, 16),
+    "odd-size": (1, 2, 17, 31, 64),
+    "several-tiles": (1, 2, 33, 35, 16),
+}
+LARGE = (64, 112)  # the paper's frame
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case(NamedTuple):
+    """Inputs and what the gradients are taken with, all exactly representable in one dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sigma: Tensor
+    scale: Tensor
+    do: Tensor
+    ddisplacement: Tensor
+    dlse: Tensor
+
+
+def draw(shape, dtype=F32, *, sigma=4.0, scale=None, gain=1.0, seed=0) -> Case:
+    """Random inputs; q and k carry `gain` between them."""
+    B, T, H, W, D = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, factor=1.0):
+        return torch.randn(*size, generator=generator).mul(factor).to(dtype)
+
+    def pixels(*lead, factor=1.0):  # channels first in memory, as the network has them
+        return normal(*lead, D, H, W, factor=factor).movedim(-3, -1)
+
+    spread = math.sqrt(gain)
+    return Case(
+        pixels(B, factor=spread),
+        pixels(B, T, factor=spread),
+        pixels(B, T),
+        torch.tensor(sigma),
+        torch.tensor(D**-0.5 if scale is None else scale),
+        normal(B, T, H, W, D),
+        normal(B, T, H, W, 2),
+        normal(B, T, H, W),
+    )
+
+
+def run(
+    case: Case, backend: str, *, wide=False, match="dot", bands=None, gradients=True, **options
+):
+    """The outputs and, if wanted, the gradients, in the order of NAMES.
+
+    Args:
+        case: the inputs.
+        backend: that computes them.
+        wide: in float64.
+        match: "cosine" normalizes q and k first.
+        bands: rows at which q is cut; each band is one call.
+        gradients: of all five inputs, too.
+        options: of `cross_frame_attention`.
+    """
+    inputs = [x.double() if wide else x.clone() for x in case[:5]]
+    for x in inputs if gradients else ():
+        x.requires_grad_()
+    q, k, v, sigma, scale = inputs
+    if match == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    edges = [0, *(bands or ()), q.shape[1]]
+    parts = [
+        cross_frame_attention(
+            q[:, top:bottom], k, v, sigma, scale=scale, offsets=True, return_lse=True,
+            backend=backend, first_row=top, **options,
+        )
+        for top, bottom in pairwise(edges)
+    ]  # fmt: skip
+    outputs = [torch.cat(part, 2) for part in zip(*parts, strict=True)]
+    if not gradients:
+        return outputs
+    grads = [w.to(x.dtype) for w, x in zip(case[5:], outputs, strict=True)]
+    return outputs + list(torch.autograd.grad(outputs, inputs, grads))
+
+
+def absolute_terms(case: Case, gaussian: str, match: str) -> dict[str, Tensor]:
+    """Sums of the absolute values of the terms of dsigma and dscale, in float64.
+
+    dsigma = sum_ij g_ij d_ij^2 / sigma^3 and dscale = sum_ij dS_ij q_i.k_j with
+    dS = a (dA - ...) + p (... + dLSE); every difference is replaced by a sum.
+    """
+    q, k, v, sigma, scale, do, dd, dlse = (x.double() for x in case)
+    if match == "cosine":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    pixels = reference.pixel_coordinates(0, q.shape[1], q.shape[2], q)
+    offset = (pixels - pixels[:, None]).abs()  # [HW, HW, 2]
+    distance = offset.square().sum(-1)
+    weight = -distance / (2 * sigma * sigma)
+    q, k, v, do, dd = (x.flatten(-3, -2) for x in (q, k, v, do, dd))
+    logits = scale * torch.einsum("bid,btjd->btij", q, k)
+    p = (logits + weight if gaussian == "bias" else logits).softmax(-1)
+    a = p * weight.exp() if gaussian == "gate" else p
+    da = torch.einsum("btid,btjd->btij", do.abs(), v.abs())
+    da += torch.einsum("btic,ijc->btij", dd.abs(), offset)
+    mean = (a * da).sum(-1, keepdim=True) + dlse.flatten(2).abs()[..., None]
+    ds = a * da + p * mean
+    through_weight = ds if gaussian == "bias" else a * da
+    products = torch.einsum("bid,btjd->btij", q.abs(), k.abs())
+    return {
+        "dsigma": (through_weight * distance).sum() / sigma**3,
+        "dscale": (ds * products).sum(),
+    }
+
+
+def assert_case(case: Case, gaussian: str, *, match="dot", bands=None):
+    """tiled, dense, is as accurate as the reference in everything."""
+    options: dict[str, Any] = {"gaussian": gaussian, "match": match}
+    exact = run(case, "reference", wide=True, **options)
+    eager = run(case, "reference", **options)
+    actual = run(case, "tiled", bands=bands, tolerance=0, **options)
+    terms = absolute_terms(case, gaussian, match)
+    for name, x, y, z in zip(NAMES, actual, eager, exact, strict=True):
+        assert_as_accurate(name, x, y, z, case.q.dtype, terms=terms.get(name))
+
+
+@FORMS
+@pytest.mark.parametrize("match", ["dot", "cosine"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float32(shape, match, gaussian):
+    assert_case(draw(shape, scale=12.0 if match == "cosine" else None), gaussian, match=match)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["batch-7x3", "odd-size", "several-tiles"])
+def test_half(name, dtype, gaussian):
+    assert_case(draw(SHAPES[name], dtype, scale=12.0, seed=1), gaussian, match="cosine")
+
+
+@FORMS
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 0.9, 1.0, 2.0, 100.0, 1e6])
+def test_any_width_of_the_gaussian(sigma, gaussian):
+    """Below 1 pixel the Gaussian's columns are large and cancel: a tile of 16 lost 8 bits."""
+    assert_case(draw((1, 2, 17, 31, 16), sigma=sigma, seed=2), gaussian)
+
+
+@FORMS
+@pytest.mark.parametrize("bands", [[16], [5, 12, 13], [32]], ids=str)
+def test_bands_of_rows_are_the_whole_frame(bands, gaussian):
+    assert_case(draw(SHAPES["several-tiles"], sigma=2.0, seed=3), gaussian, bands=bands)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (2, 7, 19, 19)), st.sampled_from([16, 64])),
+    sigma=st.floats(0.3125, 32, width=32),
+    gaussian=st.sampled_from(["bias", "gate"]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_any_shape_and_band(shape, sigma, gaussian, seed, data):
+    case = draw(shape, sigma=sigma, seed=seed)
+    cut = data.draw(st.integers(0, shape[2] - 1))
+    options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
+    exact = run(case, "reference", wide=True, **options)
+    eager = run(case, "reference", **options)
+    actual = run(case, "tiled", bands=[cut] if cut else None, tolerance=0, **options)
+    # the outputs of few pixels may cancel to nothing: a logit is a sum over channels
+    logit = case.q.norm(dim=-1).max() * case.k.norm(dim=-1).max() * case.scale
+    terms = case.v.abs().max(), torch.tensor(max(shape[2:4])), logit
+    for name, x, y, z, term in zip(NAMES[:3], actual, eager, exact, terms, strict=True):
+        assert_as_accurate(name, x, y, z, F32, terms=term)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@FORMS
+def test_definition_one_pixel_at_a_time(gaussian, backend):
+    """The formula of the paper in loops over pixels; nothing of it is shared with the code."""
+    T, H, W, D, sigma, scale, first_row = 2, 4, 3, 16, 1.3, 0.6, 1
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, W, D, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 1, T, H, W, D, generator=generator, dtype=torch.float64)
+    o, displacement, lse = cross_frame_attention(
+        q, k, v, sigma, scale=scale, gaussian=gaussian, offsets=True, return_lse=True,
+        tolerance=0, backend=backend, first_row=first_row,
+    )  # fmt: skip
+    for t in range(T):
+        for y in range(2):
+            for x in range(W):
+                logits, weights, steps, values = [], [], [], []
+                for ky in range(H):
+                    for kx in range(W):
+                        dy, dx = ky - (y + first_row), kx - x
+                        bias = -(dy * dy + dx * dx) / (2 * sigma**2)
+                        logit = scale * float(q[0, y, x] @ k[0, t, ky, kx])
+                        logits.append(logit + (bias if gaussian == "bias" else 0))
+                        weights.append(1 if gaussian == "bias" else math.exp(bias))
+                        steps.append((dy, dx))
+                        values.append(v[0, t, ky, kx])
+                total = sum(map(math.exp, logits))
+                a = [math.exp(s) / total * w for s, w in zip(logits, weights, strict=True)]
+                expected = torch.stack(values).T @ torch.tensor(a, dtype=torch.float64)
+                assert o[0, t, y, x].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+                assert lse[0, t, y, x].item() == pytest.approx(math.log(total), abs=1e-12)
+                for c in (0, 1):
+                    mean = sum(p * step[c] for p, step in zip(a, steps, strict=True))
+                    assert displacement[0, t, y, x, c].item() == pytest.approx(mean, abs=1e-12)
+
+
+def test_displacement_points_at_the_match():
+    """Every pixel has its own direction; the frame is moved by (dy, dx) = (3, -2)."""
+    H, W, D = 20, 40, 64
+    q = F.normalize(torch.randn(1, H, W, D, generator=torch.Generator().manual_seed(0)), dim=-1)
+    k = q.roll((3, -2), (1, 2))[:, None]
+    _, displacement = cross_frame_attention(q, k, k, 30.0, scale=200.0, offsets=True)
+    inner = displacement[0, 0, : H - 3, 2:]
+    assert (inner - torch.tensor([3.0, -2.0])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@FORMS
+@pytest.mark.parametrize("sigma", [math.inf, 1e6], ids=str)
+def test_wide_gaussian_is_plain_attention(sigma, gaussian, backend):
+    """At a width of 1e6 the weights differ from 1 by 1e-9, less than float32 resolves."""
+    case = draw((2, 3, 9, 14, 16), seed=4)
+
+    def plain(q, k, v):
+        q, k, v = (x.flatten(-3, -2) for x in (q[:, None].expand(k.shape), k, v))
+        return F.scaled_dot_product_attention(q, k, v).unflatten(2, (9, 14))
+
+    actual = cross_frame_attention(*case[:3], sigma, gaussian=gaussian, backend=backend)
+    exact = plain(*(x.double() for x in case[:3]))
+    assert_as_accurate("o", actual, plain(*case[:3]), exact, F32)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(order=st.permutations(range(5)), gaussian=st.sampled_from(["bias", "gate"]))
+def test_permuting_frames_permutes_outputs(order, gaussian):
+    case = draw((1, 5, 33, 32, 16), sigma=1.0, seed=5)
+    options: dict[str, Any] = {
+        "gaussian": gaussian,
+        "offsets": True,
+        "return_lse": True,
+        "return_visited": True,
+    }
+    *once, visited = cross_frame_attention(*case[:4], **options)
+    q, k, v, sigma = case[:4]
+    *again, visited_again = cross_frame_attention(q, k[:, order], v[:, order], sigma, **options)
+    for name, x, y in zip(NAMES, once, again, strict=False):
+        # the frames of a batch take turns in the same arithmetic
+        assert torch.equal(x[:, order], y), name
+    assert visited == visited_again < 1
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 36), st.integers(1, 36)),
+    sigma=st.floats(0.3125, 1e6, width=32),
+    tolerance=st.sampled_from([0, 1e-6, 0.5]),
+    gain=st.sampled_from([0, 1, 100]),
+)
+def test_a_constant_frame_gives_its_value(size, sigma, tolerance, gain):
+    case = draw((1, 1, *size, 16), gain=gain, seed=6)
+    value = torch.linspace(-3, 3, 16)
+    v = value.expand_as(case.v)
+    actual = cross_frame_attention(case.q, case.k, v, sigma, tolerance=tolerance)
+    eager = cross_frame_attention(case.q, case.k, v, sigma, backend="reference")
+    assert_as_accurate("o", actual, eager, v.double(), F32)
+
+
+# --- the certificate: float64 shows what was dropped, nothing else
+
+
+def far_cluster(length: float, at: tuple[int, int], size: tuple[int, int]) -> Case:
+    """Keys are zero but for an 8 x 8 cluster; it alone has values. Its logit grows with length."""
+    H, W = size
+    q, k = torch.zeros(1, H, W, 16), torch.zeros(1, 1, H, W, 16)
+    q[..., 0] = 1
+    k[:, :, at[0] : at[0] + 8, at[1] : at[1] + 8, 0] = length
+    v = (k != 0).float()
+    return Case(q, k, v, torch.tensor(2.0), torch.tensor(1.0), *[torch.empty(0)] * 3)
+
+
+def random_logits(gain: float) -> Case:
+    return draw((1, 2, 40, 32, 16), sigma=2.0, gain=gain, seed=7)
+
+
+def uniform_keys(sigma: float) -> Case:
+    """All logits are equal, so that the tail of the Gaussian is all that is dropped."""
+    case = draw((1, 1, 40, 32, 16), sigma=sigma, seed=8)
+    ones = torch.ones_like(case.q)
+    # for some channel all that row 15 drops has the value 1, and all it keeps 0
+    y = torch.arange(40)[:, None]
+    v = (y >= 16 + torch.arange(16)).float()[:, None].expand_as(case.v)
+    return case._replace(q=ones, k=ones[:, None], v=v)
+
+
+ADVERSARIES = {
+    **{f"cluster-{n}": far_cluster(n, (32, 24), (40, 32)) for n in (14.0, 20.0, 26.0, 33.0, 41.0)},
+    **{f"row-cluster-{n}": far_cluster(n, (21, 8), (40, 32)) for n in (1.0, 3.0, 5.0, 8.0, 13.0)},
+    **{f"random-x{n}": random_logits(n) for n in (1, 10, 100)},
+    **{f"uniform-{n}": uniform_keys(n) for n in (0.5, 1.0, 2.0, 4.0)},
+}
+
+
+@FORMS
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_certificate(name, gaussian):
+    """What is dropped changes o by at most eta (max|v| + |o|), in bands of any height, too.
+
+    With e <= eta the dropped mass relative to the kept: |o - o'| <= e/(1 + e) (max|v| + |o'|); the
+    displacement is an o whose values are at most the frame's size, and the lse loses log(1 + e).
+    """
+    case = ADVERSARIES[name]
+    size = torch.tensor(max(case.q.shape[1:3]))
+    largest = case.v.abs().max(), size, None
+    wide = case._replace(**{x: getattr(case, x).double() for x in ("q", "k", "v")})
+    options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
+    exact = run(case, "reference", wide=True, **options)
+    for eta in (0.5, 1e-2, 1e-3, 1e-6):
+        for bands in (None, [4, 20, 36], [16, 21], [11]):
+            actual = run(wide, "tiled", tolerance=eta, bands=bands, **options)
+            for label, most, x, y in zip(NAMES, largest, actual, exact, strict=False):
+                error = (x - y).abs()
+                bound = eta * (1 if most is None else most + x.abs())
+                if label == "lse" and gaussian == "gate":
+                    bound = 0  # of all logits: nothing is dropped
+                excess = (error - bound).max()
+                assert excess <= 1e-12 * y.abs().max(), (label, eta, bands, error.max())
+
+
+def test_certificate_is_put_to_the_test():
+    """Somewhere among the adversaries mass is dropped, and a good part of what is allowed."""
+    share, fractions = {}, []
+    for name, case in ADVERSARIES.items():
+        q, k, v = (x.double() for x in case[:3])
+        exact = cross_frame_attention(q, k, v, case.sigma, scale=case.scale, backend="reference")
+        for eta in (0.5, 1e-3, 1e-6):
+            o, visited = cross_frame_attention(
+                q, k, v, case.sigma, scale=case.scale, tolerance=eta, return_visited=True
+            )
+            bound = eta * (v.abs().max() + o.abs())
+            share[name, eta] = ((o - exact).abs() / bound).max().item()
+            fractions.append(visited)
+    assert max(share.values()) > 0.01, share
+    assert all(max(share[name, eta] for name in ADVERSARIES) > 1e-3 for eta in (0.5, 1e-3, 1e-6))
+    assert min(fractions) < 0.3 and max(fractions) == 1
+
+
+@FORMS
+@pytest.mark.parametrize("gain", [1, 10, 100])
+def test_certificate_and_rounding_together(gain, gaussian):
+    """float32, each tolerance: the error is the certificate's and the rounding's."""
+    case = random_logits(gain)
+    options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
+    exact = run(case, "reference", wide=True, **options)[0]
+    eager = run(case, "reference", **options)[0]
+    for eta in (0.1, 1e-3, None):
+        actual = run(case, "tiled", tolerance=eta, **options)[0]
+        promised = (1e-6 if eta is None else eta) * (case.v.abs().max() + actual.abs())
+        assert_as_accurate("o", actual, eager, exact, F32, promised=promised)
+
+
+def test_gradient_under_a_certificate():
+    """In exact arithmetic dq = s cov_p(x, k) with x_j = do.v_j.
+
+    Dropping the mass e moves each of E[xk], E[x] and E[k] by at most 2 e of its largest value:
+    the covariance by at most 6 e max|x| max|k|.
+    """
+    case = random_logits(1)._replace(ddisplacement=torch.tensor(0.0), dlse=torch.tensor(0.0))
+    k, v = case.k.double(), case.v.double()
+    results = []
+    for backend in ("reference", "tiled"):
+        q = case.q.double().requires_grad_()
+        o, visited = cross_frame_attention(
+            q, k, v, 1.0, tolerance=1e-3, backend=backend, return_visited=True
+        )
+        results.append(torch.autograd.grad(o, q, case.do.double())[0])
+    assert visited < 0.7
+    x = case.do.norm(dim=-1).max() * case.v.norm(dim=-1).max()
+    T, D = case.k.shape[1], case.k.shape[-1]
+    error = (results[0] - results[1]).abs().max()
+    assert 0 < error <= T * 6 * 1e-3 * x * case.k.abs().max() * D**-0.5
+
+
+def test_visited_fraction():
+    case = draw((1, 2, 48, 80, 16), seed=9)
+    q, k = F.normalize(case.q, dim=-1), F.normalize(case.k, dim=-1)
+
+    def visited(tolerance, q=q, **options):
+        return cross_frame_attention(
+            q, k, case.v, 2.0, scale=1.0, tolerance=tolerance, return_visited=True, **options
+        )[1]
+
+    fractions = [visited(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
+    assert fractions[0] == 1
+    assert all(a > b for a, b in pairwise(fractions))
+    # sigma 2: a tile and 8 pixels around it, at most 32 x 32 of 48 x 80
+    assert 16 * 16 / (48 * 80) < fractions[3] < 32 * 32 / (48 * 80)
+    assert visited(0, q[:, 7:19], first_row=7) == visited(None, backend="reference") == 1
+
+
+@FORMS
+@pytest.mark.parametrize("D", [16, 64])
+def test_the_papers_frame(D, gaussian):
+    """64 x 112 at the default tolerance; the definition is evaluated on some of the rows."""
+    case = draw((1, 1, *LARGE, D), sigma=4.0, seed=10)
+    actual = run(case, "tiled", gradients=False, gaussian=gaussian)
+    options: dict[str, Any] = {
+        "gaussian": gaussian,
+        "offsets": True,
+        "return_lse": True,
+        "backend": "reference",
+    }
+    for rows in (slice(0, 2), slice(31, 33), slice(62, 64)):
+        q, k, v = case.q[:, rows], case.k, case.v
+        eager = cross_frame_attention(q, k, v, 4.0, first_row=rows.start, **options)
+        q, k, v = q.double(), k.double(), v.double()
+        exact = cross_frame_attention(q, k, v, 4.0, first_row=rows.start, **options)
+        most = case.v.abs().max(), max(LARGE), 1
+        for name, m, x, y, z in zip(NAMES, most, actual, eager, exact, strict=False):
+            part = x[:, :, rows]
+            promised = 1e-6 * (m + (part.abs() if name != "lse" else 0))
+            assert_as_accurate(name, part, y, z, F32, promised=promised)
+
+
+PEAK = """
+import sys
+import torch
+from mana_triton import cross_frame_attention
+
+def status(field):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    return int(lines[field].split()[0])
+
+torch.set_num_threads(1)
+H, W, T, D = 64, 112, 7, 64
+q, (k, v) = torch.randn(1, H, W, D), torch.randn(2, 1, T, H, W, D)
+small = [x[..., :16, :16, :] for x in (q, k, v)]
+with torch.no_grad():
+    cross_frame_attention(*small, 4.0, gaussian=sys.argv[1])  # loads the libraries
+    ballast = torch.ones(100 << 18)  # past the peak of the imports
+    before = status("VmRSS")
+    assert before + 2048 >= status("VmHWM")
+    o = cross_frame_attention(q, k, v, 4.0, gaussian=sys.argv[1])
+print((status("VmHWM") - before) / 1024, ballast.sum().item())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@FORMS
+def test_peak_memory_does_not_grow_with_the_square_of_the_frame(gaussian):
+    """Seven 64 x 112 frames of 64 channels, of which the result is 13 MB; HW x HW is 205 MB."""
+    command = [sys.executable, "-c", PEAK, gaussian]
+    root = Path(__file__).parent.parent
+    # freed memory goes back at once, so that the resident set is what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    mib = float(result.stdout.split()[0])
+    assert 12 < mib < 60
+
+
+# --- the memory bank
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("B", "H", "W", "D", "N"),
+    [(1, 1, 1, 16, 1), (2, 7, 3, 16, 5), (1, 17, 31, 64, 128)],
+    ids=["one-pixel", "batch-7x3", "odd-size"],
+)
+def test_memory(B, H, W, D, N, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    q, memory, do = normal(B, D, H, W).movedim(1, -1), normal(D, N), normal(B, H, W, D)
+    scale = torch.tensor(0.37)
+
+    def attend(backend, wide):
+        inputs = [x.double() if wide else x.clone() for x in (q, memory, scale)]
+        for x in inputs:
+            x.requires_grad_()
+        y = memory_attention(inputs[0], inputs[1], scale=inputs[2], backend=backend)
+        return [y, *torch.autograd.grad(y, inputs, do.to(y.dtype))]
+
+    exact, eager, actual = (
+        attend(backend, wide)
+        for backend, wide in (("reference", True), ("reference", False), ("tiled", False))
+    )
+    # dscale = sum_in dS_in q_i.m_n, dS = p (dP - mean)
+    wide_q, wide_m, wide_do = (x.double().flatten(0, -2) for x in (q, memory, do))
+    p = (0.37 * wide_q @ wide_m).softmax(-1)
+    dp = wide_do.abs() @ wide_m.abs()
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    terms = {"dscale": (ds * (wide_q.abs() @ wide_m.abs())).sum()}
+    if N == 1:  # the terms of dq are differences of equal numbers
+        terms["dq"] = (ds @ wide_m.abs().T).max() * 0.37
+    names = ("y", "dq", "dmemory", "dscale")
+    for name, x, y, z in zip(names, actual, eager, exact, strict=True):
+        assert_as_accurate(name, x, y, z, dtype, terms=terms.get(name))
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_memory_one_pixel_at_a_time(backend):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 3, 16, generator=generator, dtype=torch.float64)
+    memory = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    y = memory_attention(q, memory, backend=backend)
+    for pixel, result in zip(q.reshape(6, 16), y.reshape(6, 16), strict=True):
+        p = [math.exp(float(pixel @ memory[:, n]) / 4) for n in range(5)]  # sqrt(D) = 4
+        expected = memory @ torch.tensor(p, dtype=torch.float64) / sum(p)
+        assert result.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+# --- arguments
+
+
+def test_what_is_returned_and_the_defaults():
+    case = draw((1, 2, 5, 6, 16), seed=11)
+    q, k, v = case[:3]
+    alone = cross_frame_attention(q, k, v, 4.0)
+    everything = cross_frame_attention(
+        q, k, v, torch.tensor([4.0], dtype=torch.float64), gaussian="bias",
+        scale=torch.tensor(0.25), tolerance=1e-6, offsets=True, backend="tiled", first_row=0,
+        return_lse=True, return_visited=True,
+    )  # fmt: skip
+    assert [tuple(x.shape) for x in everything[:3]] == [
+        (1, 2, 5, 6, 16),
+        (1, 2, 5, 6, 2),
+        (1, 2, 5, 6),
+    ]
+    assert everything[3] == 1.0
+    assert torch.equal(alone, everything[0])
+    o, lse = cross_frame_attention(q, k, v, 4.0, return_lse=True)
+    assert torch.equal(o, alone) and torch.equal(lse, everything[2])
+    memory = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        memory_attention(q, memory), memory_attention(q, memory, scale=0.25, backend="tiled")
+    )
+
+
+def arguments(**changes) -> dict[str, Any]:
+    """Valid arguments of cross_frame_attention, but for the changes."""
+    k = torch.zeros(1, 2, 4, 5, 16)
+    return {"q": torch.zeros(1, 4, 5, 16), "k": k, "v": k, "sigma": 4.0} | changes
+
+
+REFUSED = {
+    "q-rank": ({"q": torch.zeros(4, 5, 16)}, "q must be [B, H, W, D], got [4, 5, 16]"),
+    "q-integer": (
+        {"q": torch.zeros(1, 4, 5, 16, dtype=torch.int64)},
+        "q must be a floating-point tensor, got torch.int64",
+    ),
+    "k-rank": (
+        {"k": torch.zeros(1, 4, 5, 16)},
+        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 4, 5, 16]",
+    ),
+    "k-batch": (
+        {"k": torch.zeros(2, 2, 4, 5, 16)},
+        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [2, 2, 4, 5, 16]",
+    ),
+    "k-width": (
+        {"k": torch.zeros(1, 2, 4, 6, 16)},
+        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 6, 16]",
+    ),
+    "k-channels": (
+        {"k": torch.zeros(1, 2, 4, 5, 8)},
+        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 5, 8]",
+    ),
+    "no-frames": (
+        {"k": torch.zeros(1, 0, 4, 5, 16)},
+        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 0, 4, 5, 16]",
+    ),
+    "v-channels": (
+        {"v": torch.zeros(1, 2, 4, 5, 18)},
+        "v must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 5, 18]",
+    ),
+    "v-frames": (
+        {"v": torch.zeros(1, 3, 4, 5, 16)},
+        "k and v must have one shape, got [1, 2, 4, 5, 16] and [1, 3, 4, 5, 16]",
+    ),
+    "k-type": (
+        {"k": torch.zeros(1, 2, 4, 5, 16, dtype=F16)},
+        "k must have the type and device of q, torch.float32 on cpu, got torch.float16 on cpu",
+    ),
+    "v-device": (
+        {"v": torch.zeros(1, 2, 4, 5, 16, device="meta")},
+        "v must have the type and device of q, torch.float32 on cpu, got torch.float32 on meta",
+    ),
+    "frame-too-low": (
+        {"k": torch.zeros(1, 2, 3, 5, 16), "v": torch.zeros(1, 2, 3, 5, 16)},
+        "rows first_row .. first_row + h - 1 of q must lie in a frame of 3 rows, "
+        "got first_row=0 and h=4",
+    ),
+    "band-too-far": (
+        {"q": torch.zeros(1, 2, 5, 16), "first_row": 3},
+        "must lie in a frame of 4 rows, got first_row=3 and h=2",
+    ),
+    "band-before": ({"first_row": -1}, "must lie in a frame of 4 rows, got first_row=-1 and h=4"),
+    "sigma-zero": ({"sigma": 0.0}, "sigma must be > 0 (infinity allowed), got 0.0"),
+    "sigma-negative": (
+        {"sigma": torch.tensor(-1.5)},
+        "sigma must be > 0 (infinity allowed), got -1.5",
+    ),
+    "sigma-nan": ({"sigma": math.nan}, "sigma must be a number, got nan"),
+    "sigma-nan-tensor": (
+        {"sigma": torch.tensor(math.nan)},
+        "sigma must be > 0 (infinity allowed), got nan",
+    ),
+    "sigma-vector": ({"sigma": torch.ones(2)}, "sigma must be one number, got shape [2]"),
+    "scale-nan": ({"scale": math.nan}, "scale must be a number, got nan"),
+    "scale-vector": ({"scale": torch.ones(16)}, "scale must be one number, got shape [16]"),
+    "tolerance-negative": ({"tolerance": -1e-9}, "tolerance must be in [0, 1), got -1e-09"),
+    "tolerance-one": ({"tolerance": 1.0}, "tolerance must be in [0, 1), got 1.0"),
+    "tolerance-nan": ({"tolerance": math.nan}, "tolerance must be in [0, 1), got nan"),
+    "gaussian": ({"gaussian": "gates"}, "gaussian must be one of bias, gate, got 'gates'"),
+    "backend": (
+        {"backend": "cuda"},
+        "backend must be one of auto, triton, tiled, reference, got 'cuda'",
+    ),
+    "triton": ({"backend": "triton"}, "backend 'triton' is not available"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(changes, message):
+    cross_frame_attention(**arguments())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cross_frame_attention(**arguments(**changes))
+
+
+MEMORY_REFUSED = {
+    "q-rank": ({"q": torch.zeros(4, 5, 16)}, "got [4, 5, 16] and [16, 3]"),
+    "memory-rank": ({"memory": torch.zeros(16)}, "got [1, 4, 5, 16] and [16]"),
+    "channels": (
+        {"memory": torch.zeros(3, 16)},
+        "q must be [B, H, W, D] and memory [D, N], got [1, 4, 5, 16] and [3, 16]",
+    ),
+    "type": (
+        {"memory": torch.zeros(16, 3, dtype=BF16)},
+        "memory must have the type and device of q, torch.float32 on cpu, "
+        "got torch.bfloat16 on cpu",
+    ),
+    "device": ({"memory": torch.zeros(16, 3, device="meta")}, "got torch.float32 on meta"),
+    "scale": ({"scale": torch.ones(1, 2)}, "scale must be one number, got shape [1, 2]"),
+    "scale-nan": ({"scale": math.nan}, "scale must be a number, got nan"),
+    "backend": ({"backend": "sdpa"}, "backend must be one of auto, triton, tiled, reference"),
+    "triton": ({"backend": "triton"}, "backend 'triton' is not available"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MEMORY_REFUSED.values(), ids=MEMORY_REFUSED)
+def test_memory_refused(changes, message):
+    valid: dict[str, Any] = {"q": torch.zeros(1, 4, 5, 16), "memory": torch.zeros(16, 3)}
+    memory_attention(**valid)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        memory_attention(**(valid | changes))
