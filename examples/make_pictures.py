@@ -42,7 +42,7 @@ def before_after(path: Path) -> None:
 
 def curve(path: Path, logs: list[Path]) -> None:
     """Validation PSNR over the iterations of consecutive runs."""
-    start, points, bicubic = 0, [], None
+    start, points, bicubic = 0, [], 0.0
     for log in logs:
         entries = [json.loads(line) for line in log.read_text().splitlines()]
         for entry in entries:

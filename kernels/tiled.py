@@ -32,7 +32,7 @@ from .reference import CrossFrame
 TILE = 16  # side of a query tile
 KEY_TILE = 8  # side of a key tile, and step of the halo
 CHUNK = 1 << 20  # elements of the largest temporary of the dense and the bounding passes
-LOOSE = 6.0  # nats of slack from which on key tiles are bounded one by one
+LOOSE = 16.0  # nats of slack from which on key tiles are bounded one by one
 CACHE = 1 << 19  # elements of a temporary that stays in a core's cache
 
 Window = tuple[slice, slice, slice, slice]  # query rows and columns, key rows and columns
@@ -166,7 +166,7 @@ class _CrossFrame(torch.autograd.Function):
             own = torch.stack(_centered(*window[:2], *window[:2], c), -1)
             grid = o[at].shape[:-1]
             # the column of ones takes lse out of the logits and dLSE - delta into dS
-            delta = (do[at] * o[at]).sum(-1) + (
+            delta = (do[at].to(c.dtype) * o[at]).sum(-1) + (
                 ddisplacement[at] * (displacement[at] + own.unflatten(0, grid[-2:]))
             ).sum(-1)
             qa[..., -1] -= lse[at].reshape(qa.shape[:2])

@@ -157,7 +157,9 @@ def _first_line(error: Exception) -> str:
 def _read_official(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
     """Configuration deduced from, and names mapped from, the official layout."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, because the table D that is dropped can be larger than the memory
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} must be a .safetensors file or a PyTorch file of plain tensors: "

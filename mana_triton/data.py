@@ -190,7 +190,7 @@ def _read_video(path: Path) -> Iterator[np.ndarray]:
     from av.error import FFmpegError
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:
             if not container.streams.video:
                 raise DataError(f"{path} must have a video stream, it has none; remove it")
             container.streams.video[0].thread_type = "AUTO"

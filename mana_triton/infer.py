@@ -16,7 +16,7 @@ Progress goes to stderr; the last line of stdout is one JSON object. Exit codes:
 import argparse
 import contextlib
 import json
-import resource
+import signal
 import sys
 import time
 from collections import deque
@@ -205,29 +205,37 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     source: Path = args.input
     videos = _videos_in(source) if source.is_dir() else []
     if not videos:
-        return [(source, args.output or _default_output(source))]
+        return [(source, args.output or _default_output(source, args.codec))]
     folder = args.output or source
     if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
         raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
     if args.output:
         folder.mkdir(parents=True, exist_ok=True)
-    return [(video, folder / _default_output(video).name) for video in videos]
+    return [(video, folder / _default_output(video, args.codec).name) for video in videos]
 
 
 def _videos_in(folder: Path) -> list[Path]:
-    """Videos of a folder, without our own results."""
+    """Videos of a folder, without hidden files and our own results."""
     return [
         file
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in READABLE and not file.stem.endswith(f"_x{SCALE}")
+        if file.suffix.lower() in READABLE
+        and not file.name.startswith(".")
+        and not file.stem.endswith(f"_x{SCALE}")
+        and file.is_file()
     ]
 
 
-def _default_output(source: Path) -> Path:
+def _default_output(source: Path, codec: str) -> Path:
     if source.is_dir():  # "." and ".." have no name; a suffix would ask for a video
         source = source.resolve()
         return source.with_name(f"{source.name}_x{SCALE}".replace(".", "_"))
-    return source.with_name(f"{source.stem}_x{SCALE}{source.suffix}")
+    # Matroska holds every codec and every kind of sound
+    webm = ("libvpx-vp9", "libvpx", "libaom-av1", "libsvtav1")
+    kept = source.suffix.lower() in VIDEO_SUFFIXES and (
+        source.suffix.lower() != ".webm" or codec in webm
+    )
+    return source.with_name(f"{source.stem}_x{SCALE}{source.suffix if kept else '.mkv'}")
 
 
 def run(args: argparse.Namespace) -> tuple[dict, int]:
@@ -255,9 +263,8 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         "height": max((result["height"] for result in done), default=0),
         "ms_per_frame": round(1000 * total["seconds"] / max(total["frames"], 1), 2),
     }  # fmt: skip
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     summary |= {
-        "peak_mib": round(kib / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1),
+        "peak_mib": _peak_mib(),
         "backend": upscaler.backend,
         "device": str(upscaler.device),
         "precision": upscaler.precision,
@@ -266,14 +273,30 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
     return summary, 1 if failed else 0
 
 
+def _peak_mib() -> float | None:
+    """Peak resident memory of this process; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
 def main() -> None:
     """Command line."""
     args = parse_args()
+    # a closed terminal and a polite kill clean up as Ctrl-C does
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         summary, code = run(args)
     except (MediaError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("error: the memory is too small for this frame size; use a smaller -t, as -t 64")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not disturb the clean-up
         sys.exit("error: stopped; the unfinished output was removed")
     print(json.dumps(summary))
     sys.exit(code)

@@ -71,7 +71,6 @@ class Features(NamedTuple):
     """What a stream keeps of N encoded frames."""
 
     f: Tensor  # [N, C, H, W] encoder features
-    q: Tensor  # [N, H, W, D] phi of the normalized features, as the memory sees it
     k: Tensor  # [N, H, W, D]
     v: Tensor  # [N, H, W, D]
 
@@ -143,45 +142,53 @@ class MANA(nn.Module):
 
         The result is not clamped.
         """
-        f, q, k, v = self._encode_window(frames)
-        z = self.fuse(f, q, k, v)
+        b, t = frames.shape[:2]
+        if t != self.config.frames:
+            raise ValueError(f"frames must be [B, {self.config.frames}, 3, H, W], got T={t}")
+        encoded = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
+        f, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
+        f = f[:, t // 2]
+        z = self.fuse(f, self.queries(f), k, v)
         return self.decode(z) + self.skip(frames[:, self.config.frames // 2])
 
     def memory_loss(self, frames: Tensor) -> Tensor:
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
-        q = self.encode(center).q
+        q = self.queries(self.encode(center).f)
         y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
         return F.l1_loss(y, q)
-
-    def _encode_window(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        b, t = frames.shape[:2]
-        if t != self.config.frames:
-            raise ValueError(f"frames must be [B, {self.config.frames}, 3, H, W], got T={t}")
-        all_frames = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
-        f, q, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in all_frames)
-        return f[:, t // 2], q[:, t // 2], k, v
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
         f = self.encoder(F.leaky_relu(self.conv_first(frames), 0.1))
         normed = self.norm(f)
-        q, k, v = (
-            rearrange(project(normed), "n d h w -> n h w d")
-            for project in (self.phi, self.theta, self.g)
-        )
+        k = rearrange(self.theta(normed), "n d h w -> n h w d")
+        v = rearrange(self.g(normed), "n d h w -> n h w d")
         if self.config.match == "cosine":
             k = F.normalize(k, dim=-1)
-        return Features(f, q, k, v)
+        return Features(f, k, v)
 
-    def fuse(self, f: Tensor, q: Tensor, k: Tensor, v: Tensor, first_row: int = 0) -> Tensor:
+    def queries(self, f: Tensor) -> Tensor:
+        """Queries of encoder features, as the memory sees them: [N, C, H, W] -> [N, H, W, D]."""
+        return rearrange(self.phi(self.norm(f)), "n d h w -> n h w d")
+
+    def fuse(
+        self,
+        f: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first_row: int = 0,
+        order: list[int] | None = None,
+    ) -> Tensor:
         """What the decoder sees: z = F + W_z(concat_t x_t) + W_z1(y).
 
         Args:
             f: [B, C, h, W] features of the center frame, rows first_row .. first_row + h - 1.
             q: [B, h, W, D] its queries, the same rows.
-            k, v: [B, T, H, W, D] keys and values of all frames of the window.
+            k, v: [B, S, H, W, D] keys and values of the frames of the window.
             first_row: see f; the whole frame when 0 and h = H.
+            order: which of the S frames stands at each of the T places; None when S = T.
 
         Returns:
             [B, C, h, W].
@@ -203,6 +210,8 @@ class MANA(nn.Module):
         if config.offsets:
             x, displacement = x
             x = torch.cat([x, displacement.to(x.dtype)], -1)
+        if order is not None:
+            x = x[:, order]
         z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
         if config.memory_slots:
             y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)

@@ -9,6 +9,7 @@ carries the decoder's receptive field as a halo, so tiles change nothing but rou
 """
 
 import contextlib
+import copy
 import math
 import queue
 import threading
@@ -36,13 +37,38 @@ Picture = np.ndarray | Tensor
 
 
 class _Encoded(NamedTuple):
-    """One frame of a stream and what the network keeps of it."""
+    """One frame of a stream that waits to be enlarged."""
 
     frame: Picture
     lr: Tensor  # [1, 3, H, W] in [0, 1]
-    features: Features
+    f: Tensor  # [1, C, H, W] encoder features
     number: int
     scene: int  # number of the scene's first frame
+
+
+class _Keys:
+    """Keys and values of the last frames: frame n lies in place n modulo their number."""
+
+    def __init__(self, frames: int):
+        self.frames = frames
+        self.k = self.v = torch.empty(0)
+
+    def put(self, number: int, features: Features) -> None:
+        if not self.k.numel():
+            # places that no frame has taken yet are never looked at
+            shape = (1, self.frames, *features.k.shape[1:])
+            self.k, self.v = features.k.new_empty(shape), features.v.new_empty(shape)
+        self.k[:, number % self.frames] = features.k
+        self.v[:, number % self.frames] = features.v
+
+    def window(self, numbers: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """K and v [1, S, H, W, D] of the different ones of these frames, and each one's place."""
+        places = [number % self.frames for number in numbers]
+        used = sorted(set(places))
+        order = [used.index(place) for place in places]
+        if len(used) == self.frames:
+            return self.k, self.v, order
+        return self.k[:, used], self.v[:, used], order
 
 
 class Upscaler:
@@ -90,7 +116,7 @@ class Upscaler:
             raise ValueError(f"chunk must be a number of frames >= 1, got {chunk!r}")
         self.backend, reason = choose_backend(backend, self.device)
         self.tile, self.scene_cuts, self.chunk = tile, scene_cuts, chunk
-        self.model = model if isinstance(model, MANA) else load(model)
+        self.model = copy.deepcopy(model) if isinstance(model, MANA) else load(model)
         self.model.eval().to(self.device, DTYPES[self.precision])
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model.backend, self.model.tolerance = self.backend, TOLERANCE
@@ -111,15 +137,16 @@ class Upscaler:
             ValueError: a frame of another kind or size.
         """
         reach = self.model.config.frames // 2
-        window: deque[_Encoded] = deque(maxlen=self.model.config.frames)
-        for encoded in self._encode(iter(frames)):
-            window.append(encoded)
-            if encoded.number >= reach:
-                yield self._enlarge(window, encoded.number - reach)
-        if window:
-            last = window[-1].number
-            for center in range(max(last - reach + 1, 0), last + 1):
-                yield self._enlarge(window, center)
+        keys = _Keys(self.model.config.frames)
+        waiting: deque[_Encoded] = deque()
+        for encoded, features in self._encode(iter(frames)):
+            keys.put(encoded.number, features)
+            waiting.append(encoded)
+            del features  # the copy in keys is enough
+            if len(waiting) > reach:
+                yield self._enlarge(waiting, keys)
+        while waiting:
+            yield self._enlarge(waiting, keys)
 
     def tile_for(self, height: int, width: int) -> tuple[int, str]:
         """Side of the decoder's tiles for a frame size, 0 for the whole frame, and the reason."""
@@ -133,7 +160,7 @@ class Upscaler:
         halo = 2 * self.model.receptive_field
         return max(int(math.sqrt(pixels)) - halo, 32), f"{TILE_BYTES >> 20} MiB at once"
 
-    def _encode(self, frames: Iterator[Picture]) -> Iterator[_Encoded]:
+    def _encode(self, frames: Iterator[Picture]) -> Iterator[tuple[_Encoded, Features]]:
         detector = CutDetector()
         number = scene = 0
         size = None
@@ -150,7 +177,7 @@ class Upscaler:
             for frame, x, features in zip(chunk, stacked, self._features(stacked), strict=True):
                 if self.scene_cuts and detector.is_cut(frame):
                     scene = number
-                yield _Encoded(frame, x[None], features, number, scene)
+                yield _Encoded(frame, x[None], features.f, number, scene), features
                 number += 1
 
     @torch.inference_mode()
@@ -163,27 +190,24 @@ class Upscaler:
         return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
 
     @torch.inference_mode()
-    def _enlarge(self, window: deque[_Encoded], center: int) -> Picture:
-        """Enlarge frame number `center` of the window."""
-        by_number = {encoded.number: encoded for encoded in window}
-        middle = by_number[center]
-        end = max(e.number for e in window if e.scene == middle.scene)
+    def _enlarge(self, waiting: deque[_Encoded], keys: _Keys) -> Picture:
+        """Enlarge the first of the frames that wait, and remove it."""
+        end = max(e.number for e in waiting if e.scene == waiting[0].scene)
+        center = waiting.popleft()
         reach = self.model.config.frames // 2
-        neighbors = [
-            by_number[mirror(i, middle.scene, end)].features
-            for i in range(center - reach, center + reach + 1)
-        ]
-        k = torch.stack([n.k for n in neighbors], 1)
-        v = torch.stack([n.v for n in neighbors], 1)
-        f, q = middle.features.f, middle.features.q
-        z = torch.empty_like(f)
-        for top in range(0, f.shape[2], BAND):
+        around = range(center.number - reach, center.number + reach + 1)
+        k, v, order = keys.window([mirror(i, center.scene, end) for i in around])
+        q = self.model.queries(center.f)
+        z = torch.empty_like(center.f)
+        for top in range(0, z.shape[2], BAND):
             rows = slice(top, top + BAND)
-            z[:, :, rows] = self.model.fuse(f[:, :, rows], q[:, rows], k, v, first_row=top)
-        return self._decode(z, middle.lr, isinstance(middle.frame, np.ndarray))
+            f, band = center.f[:, :, rows], q[:, rows]
+            z[:, :, rows] = self.model.fuse(f, band, k, v, first_row=top, order=order)
+        return self._decode(z, center.lr, center.frame)
 
-    def _decode(self, z: Tensor, lr: Tensor, to_array: bool) -> Picture:
+    def _decode(self, z: Tensor, lr: Tensor, like: Picture) -> Picture:
         """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] uint8, or [3, 4H, 4W] in [0, 1]."""
+        to_array = isinstance(like, np.ndarray)
         height, width = z.shape[2:]
         tile, _ = self.tile_for(height, width)
         halo = self.model.receptive_field
@@ -201,7 +225,9 @@ class Upscaler:
                 if to_array:
                     part = part.mul_(255).round_()
                 out[SCALE * y0 : SCALE * y1, SCALE * x0 : SCALE * x1] = part
-        return out.numpy() if to_array else rearrange(out, "h w c -> c h w").contiguous()
+        if isinstance(like, np.ndarray):
+            return out.numpy()
+        return rearrange(out, "h w c -> c h w").to(like).contiguous()
 
 
 def upscale(

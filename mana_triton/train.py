@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -479,7 +478,7 @@ class Trainer:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = state["settings"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        except checkpoint.UNREADABLE as error:
             raise TrainingError(f"{path} is not a saved run; use another --out") from error
         _refuse_changes(path, saved, self.settings)
         self.model.load_state_dict(state["model"])

@@ -216,7 +216,7 @@ class VideoReader(_Reader):
 
     def _open(self) -> None:
         with _explained(self.path, "read it as a video"):
-            self._container = av.open(str(self.path), metadata_errors="replace")
+            self._container = av.open(f"file:{self.path}", metadata_errors="replace")
         videos = [s for s in self._container.streams.video if not _is_cover(s)]
         if not videos or videos[0].codec_context is None:
             what = "its video codec is unknown" if videos else "it has no video stream"
@@ -384,7 +384,7 @@ class _Copier:
 
     def __init__(self, reader: VideoReader, writer: "VideoWriter"):
         self._reader, self._output, self._writer = reader, writer._container, writer
-        self._source = av.open(str(reader.path), metadata_errors="replace")
+        self._source = av.open(f"file:{reader.path}", metadata_errors="replace")
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
         for stream in self._source.streams:
@@ -572,7 +572,7 @@ class VideoWriter(_Writer):
         self._part = self._claim(overwrite)
         options = {key: str(value) for key, value in (options or {}).items()}
         pix_fmt = options.pop("pix_fmt", pix_fmt)
-        self._container = av.open(str(self._part), "w")  # creates no file yet
+        self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
         try:
             with _explained(self.path, "write"):
                 self._open(codec, crf, options, pix_fmt)
