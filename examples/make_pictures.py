@@ -20,8 +20,8 @@ from mana_triton.data import upscale_bicubic
 from mana_triton.video import open_reader
 
 DEMO = Path(__file__).parent / "demo.mp4"
-FRAME = 60
-CROP = (slice(330, 530), slice(560, 860))  # of the enlarged frame
+FRAME = 37
+CROP = (slice(60, 290), slice(440, 785))  # of the enlarged frame
 
 
 def before_after(path: Path) -> None:

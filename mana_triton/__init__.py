@@ -1,9 +1,13 @@
 """Alignment-free 4x video super-resolution: MANA (Yu et al., CVPR 2022), exact and fast."""
 
-from .attention import cross_frame_attention, memory_attention
-from .checkpoint import load
-from .model import MANA, MANAConfig
-from .stream import upscale
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attention import cross_frame_attention, memory_attention
+    from .checkpoint import load
+    from .model import MANA, MANAConfig
+    from .stream import upscale
 
 __all__ = [
     "MANA",
@@ -13,3 +17,19 @@ __all__ = [
     "memory_attention",
     "upscale",
 ]
+
+_HOME = {
+    "MANA": "model",
+    "MANAConfig": "model",
+    "cross_frame_attention": "attention",
+    "load": "checkpoint",
+    "memory_attention": "attention",
+    "upscale": "stream",
+}
+
+
+def __getattr__(name: str):
+    """Public names load on first use: commands set OpenMP up before torch is imported."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

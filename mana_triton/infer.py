@@ -13,6 +13,12 @@ Progress goes to stderr; the last line of stdout is one JSON object. Exit codes:
 (one line says why), 2 wrong usage.
 """
 
+import os
+
+# idle threads that spin take the cores from decoding and encoding; OpenMP reads this once,
+# when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import contextlib
 import json

@@ -423,6 +423,14 @@ def test_visited_fraction():
 
     fractions = [visited(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
     assert fractions[0] == 1
+    # the defaults of the two precisions
+    assert visited(None) == fractions[2]
+    inputs = [x.bfloat16() for x in (q, k, case.v)]
+    default, explicit = (
+        cross_frame_attention(*inputs, 2.0, scale=1.0, tolerance=eta, return_visited=True)[1]
+        for eta in (None, 1e-3)
+    )
+    assert default == explicit < fractions[2]
     assert all(a > b for a, b in pairwise(fractions))
     # sigma 2: a tile and 8 pixels around it, at most 32 x 32 of 48 x 80
     assert 16 * 16 / (48 * 80) < fractions[3] < 32 * 32 / (48 * 80)
@@ -567,6 +575,11 @@ def test_what_is_returned_and_the_defaults():
     assert torch.equal(alone, everything[0])
     o, lse = cross_frame_attention(q, k, v, 4.0, return_lse=True)
     assert torch.equal(o, alone) and torch.equal(lse, everything[2])
+    # of half-precision inputs only o is rounded
+    half = cross_frame_attention(
+        q.half(), k.half(), v.half(), 4.0, offsets=True, return_lse=True, backend="tiled"
+    )
+    assert [x.dtype for x in half] == [F16, F32, F32]
     memory = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
         memory_attention(q, memory), memory_attention(q, memory, scale=0.25, backend="tiled")
