@@ -128,7 +128,9 @@ def _backward_peak() -> float:
 def _extra_mib(run: Callable) -> float:
     """Peak resident memory during a run over that before it; a small run warms up first."""
     small = [torch.randn(1, 33, 33, 64), *(torch.randn(1, 7, 33, 33, 64) for _ in range(2))]
-    _backward(_tiled, [*(x.requires_grad_() for x in small), torch.tensor(4.0)], small[1].detach())
+    with torch.enable_grad():
+        inputs = [*(x.requires_grad_() for x in small), torch.tensor(4.0)]
+        _backward(_tiled, inputs, small[1].detach())
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     clear.write_text("5")  # the peak starts again from here
     before = _status_mib(status, "VmRSS")

@@ -310,6 +310,21 @@ def far_cluster(length: float, at: tuple[int, int], size: tuple[int, int]) -> Ca
     return Case(q, k, v, torch.tensor(2.0), torch.tensor(1.0), *[torch.empty(0)] * 3)
 
 
+def wide_cluster(length: float) -> Case:
+    """A cluster so far and a Gaussian so wide that its 64 keys weigh nearly the same.
+
+    On the other side each query matches its own key, with a logit of 30, and next to nothing
+    else: what the certificate assumes about cluster and neighborhood is nearly what is there.
+    """
+    q, k = torch.zeros(1, 8, 160, 64), torch.zeros(1, 1, 8, 160, 64)
+    codes = torch.randn(1, 8, 16, 63, generator=torch.Generator().manual_seed(0))
+    q[:, :, :16, 1:] = k[:, 0, :, :16, 1:] = F.normalize(codes, dim=-1) * 30**0.5
+    q[..., 0] = 1
+    k[..., 152:, 0] = length
+    v = (k == length).float()
+    return Case(q, k, v, torch.tensor(28.0), torch.tensor(1.0), *[torch.empty(0)] * 3)
+
+
 def random_logits(gain: float) -> Case:
     return draw((1, 2, 40, 32, 16), sigma=2.0, gain=gain, seed=7)
 
@@ -327,6 +342,7 @@ def uniform_keys(sigma: float) -> Case:
 ADVERSARIES = {
     **{f"cluster-{n}": far_cluster(n, (32, 24), (40, 32)) for n in (14.0, 20.0, 26.0, 33.0, 41.0)},
     **{f"row-cluster-{n}": far_cluster(n, (21, 8), (40, 32)) for n in (1.0, 3.0, 5.0, 8.0, 13.0)},
+    **{f"wide-cluster-{n}": wide_cluster(n) for n in (23, 25.5, 30, 32.6, 36)},
     **{f"random-x{n}": random_logits(n) for n in (1, 10, 100)},
     **{f"uniform-{n}": uniform_keys(n) for n in (0.5, 1.0, 2.0, 4.0)},
 }
@@ -347,7 +363,7 @@ def test_certificate(name, gaussian):
     options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
     exact = run(case, "reference", wide=True, **options)
     for eta in (0.5, 1e-2, 1e-3, 1e-6):
-        for bands in (None, [4, 20, 36], [16, 21], [11]):
+        for bands in (None, [4, 20, 36], [16, 21], [11]) if case.q.shape[1] > 8 else (None, [3]):
             actual = run(wide, "tiled", tolerance=eta, bands=bands, **options)
             for label, most, x, y in zip(NAMES, largest, actual, exact, strict=False):
                 error = (x - y).abs()
@@ -371,7 +387,7 @@ def test_certificate_is_put_to_the_test():
             bound = eta * (v.abs().max() + o.abs())
             share[name, eta] = ((o - exact).abs() / bound).max().item()
             fractions.append(visited)
-    assert max(share.values()) > 0.01, share
+    assert max(share.values()) > 0.1, share
     assert all(max(share[name, eta] for name in ADVERSARIES) > 1e-3 for eta in (0.5, 1e-3, 1e-6))
     assert min(fractions) < 0.3 and max(fractions) == 1
 
