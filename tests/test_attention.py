@@ -441,9 +441,11 @@ def test_visited_fraction():
     assert fractions[0] == 1
     # the defaults of the two precisions
     assert visited(None) == fractions[2]
-    inputs = [x.bfloat16() for x in (q, k, case.v)]
+    half_q, half_k, half_v = (x.bfloat16() for x in (q, k, case.v))
     default, explicit = (
-        cross_frame_attention(*inputs, 2.0, scale=1.0, tolerance=eta, return_visited=True)[1]
+        cross_frame_attention(
+            half_q, half_k, half_v, 2.0, scale=1.0, tolerance=eta, return_visited=True
+        )[1]
         for eta in (None, 1e-3)
     )
     assert default == explicit < fractions[2]

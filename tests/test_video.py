@@ -377,7 +377,9 @@ def test_cut_equals_a_slice(suffix, tmp_path):
         wanted = [
             frame
             for frame in whole
-            if (start or 0) <= (frame.pts - zero) * frame.time_base < (end or 99)
+            if Fraction(str(start or 0))
+            <= (frame.pts - zero) * frame.time_base
+            < Fraction(str(end or 99))
         ]
         part = read_all(source, start, end)
         assert [f.pts for f in part] == [f.pts for f in wanted]
