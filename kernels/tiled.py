@@ -227,7 +227,9 @@ def certified_halos(
         return [[everything] * tiles] * bands
     # the floor below may count pixels that are dropped: relative to it eta becomes eta / (1 + eta)
     eta = eta / (1 + eta)
-    longest = k.float().square().sum(-1).amax((2, 3)).sqrt()[..., None, None]  # [B, T, 1, 1]
+    work = torch.promote_types(k.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(k, dim=-1, dtype=work).float()
+    longest = norms.amax((2, 3))[..., None, None]  # [B, T, 1, 1]
     outside = _gaussian_outside(c, everything, q.device)
     key_tiles, shift = None, -first_row % KEY_TILE
     halos = []

@@ -1,6 +1,6 @@
 """Frames in, enlarged frames out: window, scene cuts, cached features, tiles, threads.
 
-A stream encodes every frame once and keeps the features of seven frames. Picture c is enlarged when
+A stream encodes every frame once and keeps the features of seven frames. Frame c is enlarged when
 frame c + 3 has arrived (or the stream has ended). The window is mirrored at the ends of the
 stream and at scene cuts, without repeating the end frame: nothing is taken from another scene.
 
@@ -225,7 +225,7 @@ class Upscaler:
                 if to_array:
                     part = part.mul_(255).round_()
                 out[SCALE * y0 : SCALE * y1, SCALE * x0 : SCALE * x1] = part
-        if isinstance(like, np.ndarray):
+        if to_array:
             return out.numpy()
         return rearrange(out, "h w c -> c h w").to(like).contiguous()
 

@@ -32,12 +32,7 @@ SHAPES = {  # B, T, H, W, D
 LARGE = (64, 112)  # the paper's frame
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Case(NamedTuple):
