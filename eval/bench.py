@@ -3,14 +3,16 @@
     python eval/bench.py                   all parts, about eight minutes on two cores
     python eval/bench.py attention import  some of them
 
-Parts: attention (tiled against dense eager at 64x112, D=64, T=7, sigma=4), model (the paper preset
-streamed against 7 encodes per frame and dense eager attention), pipeline (tiny at 448x256 output,
-with decoding and encoding), memory (peak of 1280x720 input, and of 1000 frames against 100),
-import. Variants alternate; times are medians, with the 20th and 80th percentiles. Peak memory is
-that of a process of its own. The last line of stdout is one JSON object.
+Parts: attention (tiled against dense eager at 64x112, D=64, T=7, sigma=4; logits q.k/sqrt(D) and,
+as in the study, unscaled ones), model (the paper preset streamed against 7 encodes per frame and
+dense eager attention), pipeline (tiny at 448x256 output, with decoding and encoding), memory (peak
+of 1280x720 input, and of 1000 frames against 100), import. Variants alternate; times are medians,
+with the 20th and 80th percentiles. Peak memory is that of a process of its own. The last line of
+stdout is one JSON object.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -64,47 +67,64 @@ def bench_attention(threads: int) -> list[Row]:
     """Forward, forward + backward, error and extra memory of tiled against dense eager."""
     variants = {"dense eager": _eager, "tiled": _tiled}
     rows: list[Row] = []
-    inputs = _attention_inputs()
-    with torch.no_grad():
-        ms = interleave({name: lambda f=f: f(*inputs) for name, f in variants.items()}, 3)
-        exact, fast = _eager(*inputs), _tiled(*inputs)
-    rows += [summarize(f"forward, {name}", ms[name], ms["dense eager"]) for name in variants]
-    rows[-1]["relative_error"] = float((fast - exact).norm() / exact.norm())
-    rows[-1]["extra_mib"] = _peak_of("_forward_peak", threads)
-    for x in inputs:
-        x.requires_grad_()
+    for logits, scale in (("q.k/8", 0.125), ("q.k", 1.0)):
+        inputs = [*_attention_inputs(), torch.tensor(scale)]
+        with torch.no_grad():
+            ms = interleave(
+                {name: functools.partial(f, *inputs) for name, f in variants.items()}, 5
+            )
+            exact, fast = _eager(*inputs), _tiled(*inputs)
+        for name in variants:
+            rows.append(summarize(f"forward, {logits}, {name}", ms[name], ms["dense eager"]))
+        rows[-1]["relative_error"] = float((fast - exact).norm() / exact.norm())
+    rows[1]["extra_mib"] = _peak_of("_forward_peak", threads)
+    inputs = [x.requires_grad_() for x in _attention_inputs()]
     upstream = torch.randn_like(inputs[1])
     ms = interleave(
-        {name: lambda f=f: _backward(f, inputs, upstream) for name, f in variants.items()}, 2
+        {name: functools.partial(_backward, f, inputs, upstream) for name, f in variants.items()}, 3
     )
-    rows += [
-        summarize(f"forward + backward, {name}", ms[name], ms["dense eager"]) for name in variants
-    ]
+    for name in variants:
+        rows.append(summarize(f"forward + backward, q.k/8, {name}", ms[name], ms["dense eager"]))
     rows[-1]["extra_mib"] = _peak_of("_backward_peak", threads)
     return rows
 
 
 def _attention_inputs() -> list[Tensor]:
-    """Q, k, v of unit-normal entries at 0.6, as in the study, and sigma."""
+    """Q, k, v of normal entries, those of q and k at 0.6 as in the study, and sigma."""
     torch.manual_seed(0)
     h, w = SIZE
     q, k = torch.randn(1, h, w, 64) * 0.6, torch.randn(1, 7, h, w, 64) * 0.6
     return [q, k, torch.randn(1, 7, h, w, 64), torch.tensor(4.0)]
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    return cross_frame_attention(q, k, v, sigma, scale=1.0, backend="tiled")
+DEFAULT_SCALE = torch.tensor(64**-0.5)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """One frame after the other, as people write it."""
+def _tiled(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor = DEFAULT_SCALE) -> Tensor:
+    return cross_frame_attention(q, k, v, sigma, scale=scale, backend="tiled")
+
+
+@functools.cache
+def _squared_distances() -> Tensor:
+    """[HW, HW] of all pairs of pixels: a table, as in the official code."""
+    y, x = torch.meshgrid(*(torch.arange(n).float() for n in SIZE), indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], -1)
+    return (places[:, None] - places).square().sum(-1)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor = DEFAULT_SCALE) -> Tensor:
+    """Dense softmax of one frame after the other, as people write it."""
+    q = q[0].flatten(0, 1) * scale
+    bias = _squared_distances() * (-0.5 / sigma.square())
     frames = [
-        cross_frame_attention(
-            q, k[:, t : t + 1], v[:, t : t + 1], sigma, scale=1.0, backend="reference"
-        )
-        for t in range(k.shape[1])
+        torch.softmax(q @ k_t.flatten(0, 1).mT + bias, -1) @ v_t.flatten(0, 1)
+        for k_t, v_t in zip(k[0], v[0], strict=True)
     ]
-    return torch.cat(frames, 1)
+    return torch.stack(frames).unflatten(1, SIZE)[None]
+
+
+def _eager_in_model(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, **_: object) -> Tensor:
+    return _eager(q, k, v, sigma)
 
 
 def _backward(attention: Callable, inputs: list[Tensor], upstream: Tensor) -> None:
@@ -159,16 +179,15 @@ def bench_model(threads: int) -> list[Row]:
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset("paper"))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", precision="fp32")
+    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
     h, w = SIZE
-    clip = np.random.default_rng(0).integers(0, 256, (4, h, w, 3), np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (20, h, w, 3), np.uint8)
     window = torch.rand(1, 7, 3, h, w)
 
     def naive() -> None:
-        model.backend = "reference"
-        with torch.inference_mode():
-            model(window.contiguous())
-        model.backend = "tiled"
+        eager = mock.patch("mana_triton.model.cross_frame_attention", _eager_in_model)
+        with eager, torch.inference_mode():
+            model(window)
 
     def streamed() -> None:
         for _ in upscaler.stream(iter(clip)):

@@ -22,7 +22,7 @@ class CrossFrame(NamedTuple):
     o: Tensor  # [B, T, h, W, D]
     displacement: Tensor | None  # [B, T, h, W, 2], (dy, dx) in pixels
     lse: Tensor  # [B, T, h, W], natural logarithm
-    visited: float  # fraction of the (query, key) pairs that were computed
+    visited: float  # fraction of the (query, key) pairs that the result rests on
 
 
 def pixel_coordinates(first_row: int, rows: int, width: int, like: Tensor) -> Tensor:

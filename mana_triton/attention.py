@@ -61,7 +61,7 @@ def cross_frame_attention(
         backend: "auto", "triton", "tiled" or "reference".
         first_row: row of the frame at which a band of queries starts.
         return_lse: also return the natural log-sum-exp of the softmax's logits.
-        return_visited: also return the fraction of (query, key) pairs that were computed.
+        return_visited: also return the fraction of (query, key) pairs that the result rests on.
 
     Returns:
         o [B, T, H, W, D]; or a tuple of it and, as asked for and in this order, displacement

@@ -13,11 +13,9 @@ Progress goes to stderr; the last line of stdout is one JSON object. Exit codes:
 (one line says why), 2 wrong usage.
 """
 
-import os
+from . import host
 
-# idle threads that spin take the cores from decoding and encoding; OpenMP reads this once,
-# when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+host.tune()  # before torch is imported
 
 import argparse
 import contextlib
@@ -119,12 +117,13 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             "overwrite": args.overwrite,
         }  # fmt: skip
         tile, why = upscaler.tile_for(reader.height, reader.width)
+        workers = upscaler.workers_for(reader.height, reader.width)
         with open_writer(output, reader, sides * width, height, **settings) as writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
             console.print(
                 f"{upscaler.description}; "
                 + (f"tiles of {tile} pixels" if tile else "no tiles")
-                + f" ({why})",
+                + f" ({why}); {workers} frame{'s' * (workers > 1)} at once",
                 markup=False,
             )
             shown = _show_notes(reader, writer)
@@ -149,6 +148,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         "seconds": round(seconds, 3),
         "ms_per_frame": round(1000 * seconds / max(frames, 1), 2),
         "tile": tile,
+        "workers": workers,
     }
 
 

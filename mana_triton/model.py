@@ -89,7 +89,8 @@ class ResidualBlock(nn.Module):
             self.conv2.weight.mul_(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
+        # in place: fresh memory costs a CPU more than the arithmetic
+        return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x)
 
 
 def _zero_projection(inputs: int, outputs: int) -> nn.Conv2d:
@@ -160,7 +161,7 @@ class MANA(nn.Module):
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
-        f = self.encoder(F.leaky_relu(self.conv_first(frames), 0.1))
+        f = self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
         normed = self.norm(f)
         k = rearrange(self.theta(normed), "n d h w -> n h w d")
         v = rearrange(self.g(normed), "n d h w -> n h w d")
@@ -221,9 +222,9 @@ class MANA(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The residual over bilinear interpolation: [B, C, h, w] -> [B, 3, 4h, 4w]."""
         x = self.decoder(z)
-        x = F.leaky_relu(F.pixel_shuffle(self.upconv1(x), 2), 0.1)
-        x = F.leaky_relu(F.pixel_shuffle(self.upconv2(x), 2), 0.1)
-        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.1))
+        x = F.pixel_shuffle(F.leaky_relu(self.upconv1(x), 0.1, inplace=True), 2)
+        x = F.pixel_shuffle(F.leaky_relu(self.upconv2(x), 0.1, inplace=True), 2)
+        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.1, inplace=True))
 
     @staticmethod
     def skip(frames: Tensor) -> Tensor:

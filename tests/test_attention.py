@@ -305,6 +305,18 @@ def far_cluster(length: float, at: tuple[int, int], size: tuple[int, int]) -> Ca
     return Case(q, k, v, torch.tensor(2.0), torch.tensor(1.0), *[torch.empty(0)] * 3)
 
 
+def half_plane(length: float) -> Case:
+    """Keys are zero in one half and alike in the other, which alone has values.
+
+    Queries far from the border see no long key in the first pass, and the bound assumes just what
+    the other half holds: near the halo at which it is dropped, a quarter of it is really there.
+    """
+    q, k = torch.zeros(1, 40, 64, 16), torch.zeros(1, 1, 40, 64, 16)
+    q[..., 0] = 1
+    k[..., 30:, 0] = length
+    return Case(q, k, (k != 0).float(), torch.tensor(2.0), torch.tensor(1.0), *[torch.empty(0)] * 3)
+
+
 def wide_cluster(length: float) -> Case:
     """A cluster so far and a Gaussian so wide that its 64 keys weigh nearly the same.
 
@@ -337,6 +349,7 @@ def uniform_keys(sigma: float) -> Case:
 ADVERSARIES = {
     **{f"cluster-{n}": far_cluster(n, (32, 24), (40, 32)) for n in (14.0, 20.0, 26.0, 33.0, 41.0)},
     **{f"row-cluster-{n}": far_cluster(n, (21, 8), (40, 32)) for n in (1.0, 3.0, 5.0, 8.0, 13.0)},
+    **{f"half-plane-{n}": half_plane(n) for n in (8.0, 14.0, 22.0, 26.0)},
     **{f"wide-cluster-{n}": wide_cluster(n) for n in (23, 25.5, 30, 32.6, 36)},
     **{f"random-x{n}": random_logits(n) for n in (1, 10, 100)},
     **{f"uniform-{n}": uniform_keys(n) for n in (0.5, 1.0, 2.0, 4.0)},

@@ -162,7 +162,8 @@ def test_a_video_with_sound_and_rotation(weights, tmp_path):
     assert lines[0] == f"{source} -> {output}, 64x48"
     assert lines[1] == (
         "cpu, fp32 (the fastest here), attention by tiled (no Triton kernel for cpu);"
-        " no tiles (the whole frame fits)"
+        f" no tiles (the whole frame fits); {summary['workers']} frame"
+        + ("s at once" if summary["workers"] > 1 else " at once")
     )
     assert "6 of 6 frames" in result.stderr
     assert sorted(tmp_path.iterdir()) == [source, output]

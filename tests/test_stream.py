@@ -604,3 +604,57 @@ def test_a_failing_consumer_stops_the_thread():
         consume()
     wait_for(source.closed.is_set)
     wait_for(lambda: not any(thread.is_alive() for thread in source.threads))
+
+
+# --- frames side by side
+
+
+def test_side_by_side_changes_nothing(model):
+    """One thread each: the same operations on the same numbers, in the order of the frames."""
+    frames = noise(9, 12, 16)
+    alone = run(model, frames, workers=1)
+    for workers in (2, 3, 12):
+        assert torch.equal(run(model, frames, workers=workers), alone), workers
+
+
+def test_side_by_side_keeps_the_callers_threads(model):
+    before = torch.get_num_threads()
+    stream = upscale(noise(5, 8, 8), model, workers=3)
+    next(stream)
+    assert torch.get_num_threads() == before
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_side_by_side_an_error_comes_through_and_the_threads_end(model, at):
+    running = threading.active_count()
+
+    def frames():
+        for i, frame in enumerate(noise(9, 8, 8)):
+            if i == at:
+                raise OSError("the camera fell off")
+            yield frame
+
+    with pytest.raises(OSError, match="fell off"):
+        list(upscale(frames(), model, workers=2))
+    assert threading.active_count() == running
+    stream = upscale(noise(9, 8, 8), model, workers=2)
+    next(stream)
+    assert threading.active_count() > running
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert threading.active_count() == running
+
+
+def test_side_by_side_only_what_fits(model, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    small, large = Upscaler(model), Upscaler(MANA(MANAConfig.preset("paper")))
+    assert small.workers_for(8, 8) == 4
+    assert large.workers_for(64, 112) == 2  # 103 MB each of 256 MiB
+    assert large.workers_for(1080, 1920) == 1
+    assert Upscaler(model, workers=3).workers_for(1080, 1920) == 3
+    with pytest.raises(ValueError, match="workers must be 'auto' or a number >= 1, got 0"):
+        Upscaler(model, workers=0)
