@@ -33,6 +33,7 @@ from .reference import CrossFrame
 
 STRIP = 64  # rows of queries in a strip, at most
 CELL = 16  # side of the squares of queries that get a second pass
+ROWS_BACKWARD = 4  # of a query tile
 NEAR = 16  # halo from which on tiles are 16 x 16 instead of 4 x 8
 SLACK = 5.0  # nats by which the first pass lets a query's LSE stay below its largest logit
 SMALL = 1024  # pixels of a frame whose keys are all kept
@@ -86,9 +87,16 @@ class _Strip(NamedTuple):
         for first, last, height in ((0, top, top), (top, bottom, step), (bottom, rows, rows)):
             if first < last:
                 height = min(height, last - first)
-                near = max(first - self.halo, -above), min(first + height + self.halo, rows + below)
-                result.append((slice(first, last), height, slice(*(y + above for y in near))))
+                result.append((slice(first, last), height, self.near(slice(first, first + height))))
         return result
+
+    def near(self, own: slice) -> slice:
+        """The rows of the window of a tile, both counted from the strip's first."""
+        above = self.rows.start - self.key_rows.start
+        return slice(
+            max(own.start - self.halo + above, 0),
+            min(own.stop + self.halo + above, self.key_rows.stop - self.key_rows.start),
+        )
 
 
 def _strip(
@@ -250,12 +258,10 @@ def _attend_backward(
     meets the ones of the values.
     """
     dq = torch.empty_like(q)
-    tiles = [
-        (slice(y, y + height), slice(near.start + y - own.start, near.stop + y - own.start))
-        for own, height, near in strip.runs(min(CELL, strip.rows.stop - strip.rows.start))
-        for y in range(own.start, own.stop, height)
-    ]
-    for own, near in tiles:
+    rows = q.shape[1]
+    for y in range(0, rows, ROWS_BACKWARD):
+        own = slice(y, min(y + ROWS_BACKWARD, rows))
+        near = strip.near(own)
         do_tile, q_tile, dq_tile = (x[:, own].flatten(1, 2) for x in (do, q, dq))
         k, v, dk, dv = (x[:, near].flatten(1, 2) for x in (*window, *dwindow))
         step = max(CACHE // (q_tile.shape[1] * k.shape[1]), 1)
@@ -263,10 +269,10 @@ def _attend_backward(
             at = slice(t, t + step)
             # e^-60 is nothing beside float32's rounding, while denormal numbers are 5x slower
             p = torch.bmm(q_tile[at], k[at].mT).clamp_(min=-60.0).exp_()
-            dv[at] += torch.bmm(p.mT, do_tile[at])
+            dv[at].baddbmm_(p.mT, do_tile[at])
             p.mul_(torch.bmm(do_tile[at], v[at].mT))  # dS
             torch.bmm(p, k[at], out=dq_tile[at])
-            dk[at] += torch.bmm(p.mT, q_tile[at])
+            dk[at].baddbmm_(p.mT, q_tile[at])
     return dq
 
 
