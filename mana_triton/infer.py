@@ -40,6 +40,8 @@ from .video import VIDEO_SUFFIXES, Frame, MediaError, open_reader, open_writer
 
 READABLE = (*VIDEO_SUFFIXES, ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
+AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
+
 console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
@@ -128,7 +130,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             )
             shown = _show_notes(reader, writer)
             frames = 0
-            enlarged = in_thread(_enlarged(reader, upscaler, args.compare))
+            ahead = max(min(AHEAD // (3 * sides * width * height), 4), 1)
+            enlarged = in_thread(_enlarged(reader, upscaler, args.compare), ahead)
             with (
                 contextlib.closing(enlarged),
                 contextlib.closing(_with_progress(enlarged, reader.frame_count)) as results,

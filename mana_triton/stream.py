@@ -225,10 +225,12 @@ class Upscaler:
                         f"got {x.shape[2]}x{x.shape[1]} at frame {i}"
                     )
             stacked = torch.stack(lr).to(self.device)
-            for frame, x, features in zip(chunk, stacked, self._features(stacked), strict=True):
+            features = deque(self._features(stacked))
+            for frame, x in zip(chunk, stacked, strict=True):
                 if self.scene_cuts and detector.is_cut(frame):
                     scene = number
-                yield _Encoded(frame, x[None], features.f, number, scene), features
+                encoded = _Encoded(frame, x[None], features[0].f, number, scene)
+                yield encoded, features.popleft()  # none stays here: it is large
                 number += 1
 
     @torch.inference_mode()
