@@ -42,6 +42,7 @@ WHOLE = {
     MOTION: (469, 469),
     "parkour": (14, None),
 }
+MIDDLE = range(WINDOW // 2, WINDOW // 2 + 1)  # what is scored of seven frames
 SAVE_EVERY = 100  # sequences whose motion is known
 
 
@@ -52,7 +53,7 @@ class Footage:
     name: str
     source: Source
     shape: tuple[int, int, int]  # T, H, W
-    scored: tuple[int, ...]
+    scored: range
 
     def identity(self) -> dict:
         """What a stored result depends on, without reading the frames."""
@@ -97,7 +98,7 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
     if plain(name) == MOTION:
         sources = fastest(sources, cache, executor)
     shape = size_of(sources[0])
-    return [Footage(s.name, s, (WINDOW, *shape), (WINDOW // 2,)) for s in sources]
+    return [Footage(s.name, s, (WINDOW, *shape), MIDDLE) for s in sources]
 
 
 def incomplete(name: str, clips: Sequence[Footage]) -> str | None:
@@ -181,7 +182,7 @@ def count(source: Source) -> int:
 
 def _footage(source: Source) -> Footage:
     frames = count(source)
-    return Footage(source.name, source, (frames, *size_of(source)), tuple(range(frames)))
+    return Footage(source.name, source, (frames, *size_of(source)), range(frames))
 
 
 def _reds4(path: Path, sources: list[Source]) -> list[Source]:

@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 MEMORY_SIZES = (0, 128, 256, 512, 1024)
 MISSING = "missing"
-PICTURED = 40  # clips of a set that the page shows
+PICTURED = 40  # clips of a set whose pictures the page shows; stdout lists no more either
 CROP = 64  # pixels of the original in a crop's side
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 
@@ -97,7 +97,10 @@ def _columns(summary: dict) -> list[str]:
 
 def _notes(summary: dict) -> list[str]:
     """The protocol in words."""
-    used = "from disk" if summary["lr_from_disk"] else f"{summary['degradation']} x1/{SCALE}"
+    made = (
+        "not made" if summary["degradation"] == "none" else f"{summary['degradation']} x1/{SCALE}"
+    )
+    used = "from disk" if summary["lr_from_disk"] else made
     lines = [
         f"low resolution: {used}, 8 bits; scores of 8-bit frames, {summary['crop_border']} pixels "
         "of border cropped; mean over frames, then over clips",
@@ -131,7 +134,8 @@ def show(summary: dict) -> None:
     table = Table("clip", "method", *(SCORES[name][0] for name in columns))
     for dataset in dict.fromkeys(row["dataset"] for row in summary["rows"]):
         of_set = [row for row in summary["rows"] if row["dataset"] == dataset]
-        for clip in [*of_set[0]["per_clip"], None]:
+        clips = of_set[0]["per_clip"] if of_set[0]["clips"] <= PICTURED else []
+        for clip in [*clips, None]:
             for row in of_set:
                 scores = row["per_clip"][clip] if clip else row
                 cells = (_cell(name, scores[name]) for name in columns)
@@ -307,13 +311,14 @@ def page(summary: dict, results: Results, originals: Callable[[Footage], Iterato
 
 def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], words: int) -> str:
     """A sortable table whose first columns are words and whose others are numbers."""
-    buttons = "".join(f"<th><button>{escape(title)}</button></th>" for title in header)
+    numeric = [" class=number" if i >= words else "" for i in range(len(header))]
+    buttons = "".join(
+        f"<th{kind}><button>{escape(title)}</button></th>"
+        for kind, title in zip(numeric, header, strict=True)
+    )
     body = ""
     for line in lines:
-        cells = "".join(
-            f"<td{' class=number' if i >= words else ''}>{escape(x)}</td>"
-            for i, x in enumerate(line)
-        )
+        cells = "".join(f"<td{k}>{escape(x)}</td>" for k, x in zip(numeric, line, strict=True))
         body += f"<tr>{cells}</tr>"
     head = f"<thead><tr>{buttons}</tr></thead>"
     return f"<div class=scroll><table>{head}<tbody>{body}</tbody></table></div>"
@@ -442,7 +447,7 @@ th button { all: unset; box-sizing: border-box; width: 100%; padding: .3rem .7re
 th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-.number { text-align: right; }
+.number, th.number button { text-align: right; }
 figure { margin: 1rem 0; }
 .plot { overflow-x: auto; }
 .plot svg { width: 100%; min-width: 480px; max-width: 900px; display: block; }

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -46,6 +47,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from eval import report
 from eval.datasets import (
+    MIDDLE,
     SHRUNK,
     Footage,
     arrange,
@@ -151,7 +153,7 @@ def _upscaler(weights: str, device: str, precision: str) -> Upscaler:
     return Upscaler(weights, device=device, precision=precision)
 
 
-def enlarge(method: str, lr: Frames, scored: tuple[int, ...], protocol: Protocol) -> Frames:
+def enlarge(method: str, lr: Frames, scored: range, protocol: Protocol) -> Frames:
     """The enlargements of the frames that are scored, in order."""
     kind, _, weights = method.partition(":")
     if kind == "bicubic":
@@ -165,7 +167,7 @@ def enlarge(method: str, lr: Frames, scored: tuple[int, ...], protocol: Protocol
         for index, frame in enumerate(lr):
             if index in scored:
                 yield _window(upscaler, [frame] * frames)
-    elif scored == (frames // 2,):  # a Vimeo-90K sequence is one window
+    elif scored == MIDDLE:  # a Vimeo-90K sequence is one window
         yield _window(upscaler, list(lr))
     else:
         for index, frame in enumerate(upscaler.stream(lr)):
@@ -216,7 +218,7 @@ def _sized(source: Source, height: int, width: int) -> Frames:
     """Frames from disk, which must have this size, or be larger by less than 4 and are cropped."""
     for frame in source.frames():
         check_size(source, frame.shape[:2], height, width)
-        yield np.ascontiguousarray(frame[:height, :width])
+        yield frame[:height, :width].copy()
 
 
 def check_size(source: Source, size: tuple[int, ...], height: int, width: int) -> None:
@@ -624,6 +626,8 @@ def main() -> None:
         summary = evaluate(args)
     except (DataError, CheckpointError, MethodError, BackboneError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
+        sys.exit("error: the memory is too small; the same command with --jobs 1 continues")
     except (KeyboardInterrupt, Stopped):
         sys.exit(f"error: stopped; the same command continues from {args.results}")
     line = json.dumps(summary)
