@@ -97,15 +97,14 @@ def _columns(summary: dict) -> list[str]:
 
 def _notes(summary: dict) -> list[str]:
     """The protocol in words."""
-    made = (
-        "not made" if summary["degradation"] == "none" else f"{summary['degradation']} x1/{SCALE}"
-    )
-    used = "from disk" if summary["lr_from_disk"] else made
+    used = f"{summary['degradation']} x1/{SCALE}"
+    if summary["lr_from_disk"]:
+        used = f"of {', '.join(summary['lr_from_disk'])} from disk, else {used}"
     lines = [
         f"low resolution: {used}, 8 bits; scores of 8-bit frames, {summary['crop_border']} pixels "
         "of border cropped; mean over frames, then over clips",
         f"window ends: {summary['padding']}",
-        f"LPIPS: {summary['lpips'] or 'not computed, see the note above'}",
+        f"LPIPS: {summary['lpips'] or 'not computed, --lpips-backbone FILE gives it'}",
         f"commit {summary['commit'] or 'unknown'}, torch {summary['versions']['torch']}",
     ]
     for row in summary["rows"]:

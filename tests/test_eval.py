@@ -127,8 +127,8 @@ def enlarged(frames: np.ndarray, how: str = "matlab_bicubic") -> np.ndarray:
 # ---- scores
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+def psnr(a, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((np.asarray(a, float) - b) ** 2)))
 
 
 @pytest.mark.parametrize("border", [0, 3])
