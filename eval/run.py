@@ -484,6 +484,7 @@ def _compute_in_processes(units: list[Unit], jobs: int, show: Callable[[int], No
             time.sleep(0.2)
         for future in futures:
             future.result()
+        show(counter.value)
     except KeyboardInterrupt:
         stop.set()
         raise
