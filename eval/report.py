@@ -462,6 +462,8 @@ figure { margin: 1rem 0; }
 .stack img { display: none; width: 100%; height: auto; }
 .stack img.left, .stack img.right { display: block; }
 .stack img.right { position: absolute; top: 0; left: 0; clip-path: inset(0 0 0 var(--cut)); }
+.stack::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--cut); width: 2px;
+  margin-left: -1px; background: #fff; box-shadow: 0 0 2px #000; }
 .stack img.left.right { position: static; clip-path: none; }
 .compare input { width: 100%; margin: .5rem 0 0; }
 .crops { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem; }

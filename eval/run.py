@@ -580,6 +580,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         args.degradation, args.crop_border, args.temporal, _lpips_identity(args.lpips_backbone),
         device if args.device == "auto" else args.device, args.precision, _sources_hash(),
     )  # fmt: skip
+    commit = _commit()  # of what runs, whatever is committed meanwhile
     units = plan(args, protocol)
     compute(units, args.jobs)
     results = [(unit, unit.load() or {}) for unit in units]
@@ -591,7 +592,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "rounding": "8 bits",
         "padding": PADDING,
         "lpips": f"alex, v0.1, backbone {protocol.lpips}" if protocol.lpips else None,
-        "commit": _commit(),
+        "commit": commit,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     report.show(summary)

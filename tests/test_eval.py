@@ -677,5 +677,5 @@ def test_readme_shows_the_kept_measurement():
     readme = (ROOT / "README.md").read_text()
     for row in kept["rows"]:
         for name, scores in {**row["per_clip"], "**mean**": row}.items():
-            cells = [f"{scores[s]:.{3 if 'psnr' in s else 4}f}" for s in SCORES]
+            cells = [f"{scores[s]:.{3 if 'psnr' in s else 4}f}" for s in (*SCORES, "lpips")]
             assert f"| {name} | {row['method']} | {' | '.join(cells)} |" in readme
