@@ -24,9 +24,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -474,17 +473,13 @@ def _compute_in_processes(units: list[Unit], jobs: int, show: Callable[[int], No
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     executor = workers(min(jobs, len(units)), counter, stop)
-    futures = [executor.submit(_score_in_worker, unit) for unit in units]
+    pending = {executor.submit(_score_in_worker, unit) for unit in units}
     try:
-        while not all(future.done() for future in futures):
-            for future in futures:
-                if future.done():
-                    future.result()
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
             show(counter.value)
-            time.sleep(0.2)
-        for future in futures:
-            future.result()
-        show(counter.value)
     except KeyboardInterrupt:
         stop.set()
         raise
@@ -624,6 +619,9 @@ def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
 def main() -> None:
     """Command line."""
     args = parse_args()
+    # a closed terminal and a polite kill stop it as Ctrl-C does
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         summary = evaluate(args)
     except (DataError, CheckpointError, MethodError, BackboneError, OSError) as error:

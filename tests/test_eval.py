@@ -412,7 +412,7 @@ def test_processes_change_nothing(evaluate, folder, weights, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_killed_evaluation_continues(tmp_path, evaluate, backbone, how):
     for index in range(6):
         write(tmp_path / "set" / f"clip{index}", moving(6 * (6 - index), 96, 128, seed=index))
@@ -432,7 +432,7 @@ def test_a_killed_evaluation_continues(tmp_path, evaluate, backbone, how):
     while _alive(process.pid):  # its workers end with it
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    if how == signal.SIGINT:
+    if how == signal.SIGTERM:
         assert process.returncode == 1
         assert errors.strip().splitlines()[-1].startswith("error: stopped; the same command")
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*.json")}
