@@ -357,8 +357,9 @@ def plan(args: argparse.Namespace, protocol: Protocol) -> list[Unit]:
                 )
             units += [
                 Unit(name, clip, method, weights[method], protocol, lr.get(clip.name),
-                     outputs.get(clip.name), args.lpips_backbone, args.results, bool(args.html))
-                for clip in clips
+                     outputs.get(clip.name), args.lpips_backbone, args.results,
+                     bool(args.html) and number < report.PICTURED)
+                for number, clip in enumerate(clips)
             ]  # fmt: skip
     return units
 

@@ -25,9 +25,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_data import write_video
 from torch import nn
 
-from eval import datasets, run
+from eval import datasets, report, run
 from mana_triton import checkpoint, metrics
 from mana_triton.data import DataError, degrade, upscale_bicubic
 from mana_triton.model import MANA, MANAConfig
@@ -218,6 +219,26 @@ def test_tof_is_small_where_the_motion_is_right(evaluate, folder, clips, tmp_pat
     )
 
 
+def test_videos_are_scored_as_their_frames_are(evaluate, folder, clips, tmp_path):
+    for name, frames in clips.items():
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        write_video(tmp_path / "videos" / f"{name}.mkv", frames)  # lossless
+    methods = ("bicubic", f"folder:{tmp_path / 'videos'}")
+    read, same = evaluate("--data", f"a={tmp_path / 'videos'}", "--method", *methods)["rows"]
+    assert read == only(evaluate("--data", f"a={folder}", "--method", "bicubic"))
+    assert same["psnr_rgb"] == math.inf
+
+
+def test_pictures_are_kept_of_as_many_clips_as_the_page_shows(
+    evaluate, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "PICTURED", 1)
+    html = tmp_path / "report.html"
+    evaluate("--data", f"toy={folder}", "--method", "bicubic", "--html", html)
+    assert "Pictures of the first 1 of 2 clips." in html.read_text()
+    assert len(list((tmp_path / "results").glob("*.png"))) == 2  # the middle and the worst
+
+
 # ---- frames of other programs
 
 
@@ -310,14 +331,17 @@ def test_vimeo_scores_the_middle_frame(evaluate, vimeo, weights, tmp_path):
     (tmp_path / "part" / "sequences").mkdir(parents=True)
     (tmp_path / "part" / "sequences" / "00001").symlink_to(vimeo / "sequences" / "00001")
     (tmp_path / "part" / "sep_testlist.txt").write_text("00001/0005\n00001/0007\n")
-    summary = evaluate(
-        "--data", f"Vimeo90K={tmp_path / 'part'}", "--method", "bicubic", f"mana:{weights}"
-    )
+    methods = ("bicubic", f"mana:{weights}")
+    html = tmp_path / "report.html"
+    data = f"Vimeo90K={tmp_path / 'part'}"
+    summary = evaluate("--data", data, "--method", *methods, "--html", html)
     plain, ours = summary["rows"]
     assert (plain["clips"], plain["frames"], ours["frames"]) == (2, 2, 2)
     hr = np.stack([moving(7, 64, 64, 2, 5), moving(7, 64, 64, 0, 7)])
     expected = [psnr(enlarged(frames)[3], frames[3]) for frames in hr]
     assert plain["psnr_rgb"] == pytest.approx(np.mean(expected), abs=1e-9)
+    lines = re.findall(r'points="([^"]+)"', html.read_text())
+    assert [len(line.split()) for line in lines] == [2, 2]  # one plot, over the clips
     windows = [list(upscale(shrunk(frames), weights, scene_cuts=False))[3] for frames in hr]
     expected = [psnr(a, frames[3]) for a, frames in zip(windows, hr, strict=True)]
     # up to pixels that rounding to 8 bits decides
