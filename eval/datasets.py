@@ -128,7 +128,7 @@ def arrange(path: Path, wanted: frozenset[str] = frozenset()) -> list[Source]:
     sources = []
     for parts, source in chosen:
         name = "-".join(part for part in parts if part.lower() not in wanted)
-        sources.append(replace(source, name=name or path.stem))
+        sources.append(replace(source, name=name or (path.stem if path.is_file() else path.name)))
     sources.sort(key=lambda source: _natural(Path(source.name)))
     for a, b in pairwise(sources):
         if a.name == b.name:

@@ -265,8 +265,9 @@ def test_frames_of_another_program_are_found(evaluate, folder, clips, tmp_path, 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     frames = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    write(tmp_path / "a", frames, "f{}.png")
-    (source,) = datasets.arrange(tmp_path)
+    write(tmp_path / "a.b", frames, "f{}.png")
+    (source,) = datasets.arrange(tmp_path / "a.b")
+    assert source.name == "a.b"
     assert [int(frame.item(0)) for frame in source.frames()] == list(range(12))
 
 
