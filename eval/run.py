@@ -240,7 +240,6 @@ def pairs(unit: Unit, digest) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     hr = originals(unit.clip)
     T, H, W = unit.clip.shape
     h, w = H // SCALE, W // SCALE
-    lr: Frames = iter(())
     if unit.output is not None:
         enlarged = _sized(unit.output, SCALE * h, SCALE * w)
         if count(unit.output) == T:
@@ -255,10 +254,9 @@ def pairs(unit: Unit, digest) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             lr = _hashed(small, digest)
         enlarged = enlarge(unit.method, lr, unit.clip.scored, unit.protocol)
     numbered = ((i, frame) for i, frame in enumerate(hr) if i in unit.clip.scored)
+    # a strict zip runs both to their ends, so that the digest has seen all frames
     for (index, original), result in zip(numbered, enlarged, strict=True):
         yield index, original, result
-    for _ in lr:  # the hash is over all frames
-        pass
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def enlarged(frames: np.ndarray, how: str = "matlab_bicubic") -> np.ndarray:
     return upscale_bicubic(torch.from_numpy(shrunk(frames, how))).numpy()
 
 
+def hash_of(clips: Iterable[np.ndarray]) -> str:
+    """What a row says of its low-resolution frames."""
+    hashes = []
+    for frames in clips:
+        digest = hashlib.sha256()
+        for frame in frames:
+            digest.update(np.array(frame.shape).tobytes() + frame.tobytes())
+        hashes.append(digest.hexdigest())
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 # ---- scores
 
 
@@ -181,13 +193,7 @@ def test_networks_are_streamed_and_center_sees_no_neighbors(evaluate, folder, cl
 @pytest.mark.parametrize("how", ["matlab_bicubic", "pil_bicubic"])
 def test_hash_is_that_of_the_low_resolution_frames(evaluate, folder, clips, how):
     row = only(evaluate("--data", f"a={folder}", "--method", "bicubic", "--degradation", how))
-    hashes = []
-    for frames in clips.values():
-        digest = hashlib.sha256()
-        for frame in shrunk(frames, how):
-            digest.update(np.array(frame.shape).tobytes() + frame.tobytes())
-        hashes.append(digest.hexdigest())
-    assert row["lr_sha256"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
+    assert row["lr_sha256"] == hash_of(shrunk(frames, how) for frames in clips.values())
     hr = clips["one"]
     expected = np.mean([psnr(a, b) for a, b in zip(enlarged(hr, how), hr, strict=True)])
     assert row["per_clip"]["one"]["psnr_rgb"] == pytest.approx(expected, abs=1e-9)
@@ -341,6 +347,8 @@ def test_vimeo_scores_the_middle_frame(evaluate, vimeo, weights, tmp_path):
     hr = np.stack([moving(7, 64, 64, 2, 5), moving(7, 64, 64, 0, 7)])
     expected = [psnr(enlarged(frames)[3], frames[3]) for frames in hr]
     assert plain["psnr_rgb"] == pytest.approx(np.mean(expected), abs=1e-9)
+    # the frames that are not scored count, they are what the network saw
+    assert plain["lr_sha256"] == ours["lr_sha256"] == hash_of(map(shrunk, hr))
     lines = re.findall(r'points="([^"]+)"', html.read_text())
     assert [len(line.split()) for line in lines] == [2, 2]  # one plot, over the clips
     windows = [list(upscale(shrunk(frames), weights, scene_cuts=False))[3] for frames in hr]
