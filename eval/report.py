@@ -470,6 +470,10 @@ figure { margin: 1rem 0; }
 .crops figure { margin: 0; }
 .crops img { width: 100%; image-rendering: pixelated; display: block; }
 .crops figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+@media (max-width: 600px) {
+  table { font-size: .85rem; }
+  td, th button { padding: .3rem .4rem; }
+}
 """
 
 SCRIPT = """
