@@ -1,111 +1,493 @@
 """Quality of enlarging methods on clips whose originals are known.
 
-    python eval/run.py --data val=../shared/data/val --method bicubic mana:tiny center:tiny
+    python eval/run.py --data Vid4=DATA/Vid4 --method bicubic mana:tiny folder:DATA/outputs
 
-Methods: bicubic (MATLAB's kernel); mana:WEIGHTS streams a clip as infer does; center:WEIGHTS
-repeats every frame seven times, so that the network sees no neighbors. Low-resolution frames are
-made from the originals, cropped to multiples of 4, and rounded to 8 bits. Scores are means over
-the frames of a clip, then over clips: PSNR and SSIM in RGB and in luma (BT.601), in dB and 1.
+Methods: bicubic (MATLAB's kernel); mana:WEIGHTS streams a clip as infer does, WEIGHTS being a
+shipped name or a file; center:WEIGHTS gives the network every frame seven times, so that it sees
+no neighbors; folder:PATH takes frames that another program made, one folder or video per clip.
+Data sets: any folder of videos or of folders of frames. The names Vimeo-90K (only im4 is scored),
+Vimeo-90K-Motion and REDS4 mean what they do in the literature.
+
+Originals are cropped to multiples of 4; low-resolution frames are made from them, or read with
+--lr, and have 8 bits. PSNR (dB) and SSIM in RGB and in luma (BT.601), LPIPS, and with --temporal
+tOF (pixels) are means over the frames of a clip, then over clips; frame_mean is over all frames.
+Each finished clip is kept in --results, so that an evaluation that was stopped continues.
 The last line of stdout is one JSON object {"rows": [...]}.
 """
 
 import argparse
+import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from io import BytesIO
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from mana_triton.checkpoint import CheckpointError, load
-from mana_triton.data import DEGRADATIONS, SCALE, Clip, DataError, degrade, open_clips
+from eval import report
+from eval.datasets import (
+    MIDDLE,
+    SHRUNK,
+    Footage,
+    arrange,
+    count,
+    find_test_set,
+    identity,
+    incomplete,
+    match,
+    size_of,
+    write_atomically,
+)
+from mana_triton.checkpoint import WEIGHTS, CheckpointError, named_weights
+from mana_triton.data import DEGRADATIONS, SCALE, DataError, Source, degrade
 from mana_triton.data import upscale_bicubic as bicubic
-from mana_triton.metrics import psnr, ssim
-from mana_triton.model import MANA
+from mana_triton.metrics import (
+    FLOW_SMALLEST,
+    LPIPS,
+    LPIPS_SMALLEST,
+    SSIM_WINDOW,
+    BackboneError,
+    LPIPSUnavailable,
+    flow,
+    psnr,
+    ssim,
+    tof,
+)
 from mana_triton.stream import Upscaler
 
-SCORES = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
+ROOT = Path(__file__).resolve().parents[1]
+PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"
+METHODS = "bicubic, mana:WEIGHTS, center:WEIGHTS or folder:PATH"
 console = Console(stderr=True, soft_wrap=True, highlight=False)
-Method = Callable[[np.ndarray], Iterator[Any]]  # [T, h, w, 3] -> frames [4h, 4w, 3]
+Frames = Iterator[np.ndarray]  # [H, W, 3] uint8 each
+Pair = tuple[np.ndarray, np.ndarray]  # original, enlarged
 
 
 class MethodError(ValueError):
-    """A method that does not exist."""
+    """A method that does not exist, or that cannot be used with these data."""
 
 
-def make_method(name: str) -> Method:
-    """The method of that name; MethodError lists them."""
-    kind, _, weights = name.partition(":")
-    if name == "bicubic":
-        return lambda clip: (bicubic(torch.from_numpy(lr)).numpy() for lr in clip)
-    if kind == "mana" and weights:
-        return Upscaler(weights).stream
-    if kind == "center" and weights:
-        return partial(_center_only, load(weights))
-    raise MethodError(f"method must be bicubic, mana:WEIGHTS or center:WEIGHTS, got '{name}'")
+class Stopped(Exception):
+    """The evaluation was stopped while this clip was computed."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What, beside the clip and the method, a score depends on."""
+
+    degradation: str
+    crop_border: int
+    temporal: bool
+    lpips: str | None  # hash of the backbone's file, or "torchvision"; None leaves it out
+    device: str
+    precision: str
+    code: str  # hash of the sources
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One clip for one method: what is computed and kept as a whole."""
+
+    dataset: str
+    clip: Footage
+    method: str
+    weights: str | None  # hash of the weights file
+    protocol: Protocol
+    lr: Source | None  # low-resolution frames that are not made from the originals
+    output: Source | None  # frames of a folder method
+    backbone: Path | None
+    results: Path
+    pictures: bool
+
+    @property
+    def key(self) -> str:
+        """Names the result; changes with everything that it depends on."""
+        parts = {
+            "clip": self.clip.identity(),
+            "method": self.method.partition(":")[0],
+            "weights": self.weights,
+            "protocol": asdict(self.protocol),
+            "lr": self.lr and identity(self.lr),
+            "output": self.output and identity(self.output),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def file(self, suffix: str = ".json") -> Path:
+        """Where the result, or a picture, is kept."""
+        return self.results / f"{self.key}{suffix}"
+
+    def load(self) -> dict | None:
+        """The result, if it is there with all its pictures."""
+        needed = [".json", *([".middle.png", ".worst.png"] if self.pictures else [])]
+        if not all(self.file(suffix).is_file() for suffix in needed):
+            return None
+        return json.loads(self.file().read_text())
+
+
+# ---- methods
+
+
+@lru_cache(maxsize=8)
+def _upscaler(weights: str, device: str, precision: str) -> Upscaler:
+    return Upscaler(weights, device=device, precision=precision)
+
+
+def enlarge(method: str, lr: Frames, scored: range, protocol: Protocol) -> Frames:
+    """The enlargements of the frames that are scored, in order."""
+    kind, _, weights = method.partition(":")
+    if kind == "bicubic":
+        for index, frame in enumerate(lr):
+            if index in scored:
+                yield bicubic(torch.from_numpy(frame)).numpy()
+        return
+    upscaler = _upscaler(weights, protocol.device, protocol.precision)
+    frames = upscaler.model.config.frames
+    if kind == "center":
+        for index, frame in enumerate(lr):
+            if index in scored:
+                yield _window(upscaler, [frame] * frames)
+    elif scored == MIDDLE:  # a Vimeo-90K sequence is one window
+        yield _window(upscaler, list(lr))
+    else:
+        for index, frame in enumerate(upscaler.stream(lr)):
+            if index in scored:
+                yield np.asarray(frame)
 
 
 @torch.inference_mode()
-def _center_only(model: MANA, clip: np.ndarray) -> Iterator[np.ndarray]:
-    for frame in clip:
-        lr = rearrange(torch.from_numpy(frame), "h w c -> 1 1 c h w").float() / 255
-        out = model(lr.expand(-1, model.config.frames, -1, -1, -1))[0]
-        yield rearrange(out.clamp(0, 1) * 255, "c h w -> h w c").round().byte().numpy()
+def _window(upscaler: Upscaler, frames: list[np.ndarray]) -> np.ndarray:
+    """The enlargement of the middle one of seven frames."""
+    x = rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> 1 t c h w")
+    x = x.to(upscaler.device).float() / 255
+    out = upscaler.model(x.to(next(upscaler.model.parameters()).dtype))[0].float()
+    return rearrange(out.clamp(0, 1) * 255, "c h w -> h w c").round().byte().cpu().numpy()
 
 
-def evaluate(method: Method, clip: Clip, degradation: str, label: str) -> dict[str, float]:
-    """Mean scores of the frames of one clip."""
-    height, width = (n // SCALE * SCALE for n in clip.shape[1:3])
-    hr = clip.frames[:, :height, :width]
-    lr = np.stack([degrade(torch.from_numpy(frame.copy()), degradation).numpy() for frame in hr])
-    pairs = track(zip(method(lr), hr, strict=True), label, len(hr), console=console)
-    scores = [
-        [metric(enlarged, original, y_channel=y) for y in (False, True) for metric in (psnr, ssim)]
-        for enlarged, original in pairs
-    ]
-    return dict(zip(SCORES, np.mean(scores, 0).tolist(), strict=True))
+def check_method(name: str, protocol: Protocol) -> str | None:
+    """Hash of the method's weights file, if it has one; MethodError lists the methods."""
+    kind, _, value = name.partition(":")
+    if name == "bicubic" or (kind == "folder" and value):
+        return None
+    if kind not in ("mana", "center") or not value:
+        raise MethodError(f"method must be {METHODS}, got '{name}'")
+    file = WEIGHTS / f"{value}.safetensors" if value in named_weights() else Path(value)
+    try:
+        _upscaler(value, protocol.device, protocol.precision)
+    except ValueError as error:  # no such device or precision
+        raise MethodError(str(error)) from error
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def run(args: argparse.Namespace, cache: Path) -> list[dict]:
-    """One row per data set and method, each with its clips."""
-    rows = []
+# ---- one clip
+
+
+def originals(clip: Footage) -> Frames:
+    """The original frames, cropped to multiples of 4."""
+    _, H, W = clip.shape
+    for index, frame in enumerate(clip.source.frames()):
+        if frame.shape[:2] != (H, W):
+            raise DataError(
+                f"the frames of {clip.source.place} must have one size, frame {index} has "
+                f"{frame.shape[1]}x{frame.shape[0]} after {W}x{H}"
+            )
+        yield frame[: H // SCALE * SCALE, : W // SCALE * SCALE]
+
+
+def _sized(source: Source, height: int, width: int) -> Frames:
+    """Frames from disk, which must have this size, or be larger by less than 4 and are cropped."""
+    for frame in source.frames():
+        check_size(source, frame.shape[:2], height, width)
+        yield frame[:height, :width].copy()
+
+
+def check_size(source: Source, size: tuple[int, ...], height: int, width: int) -> None:
+    """Raise DataError unless size, in whole or cropped, is height x width."""
+    if not (0 <= size[0] - height < SCALE and 0 <= size[1] - width < SCALE):
+        raise DataError(
+            f"the frames of {source.place} must be {width}x{height} to go with their originals, "
+            f"got {size[1]}x{size[0]}"
+        )
+
+
+def _hashed(frames: Iterable[np.ndarray], digest) -> Frames:
+    for frame in frames:
+        digest.update(np.array(frame.shape).tobytes() + frame.tobytes())
+        yield frame
+
+
+def pairs(unit: Unit, digest) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, original and enlargement of each scored frame; digest takes the LR frames."""
+    hr = originals(unit.clip)
+    T, H, W = unit.clip.shape
+    h, w = H // SCALE, W // SCALE
+    if unit.output is not None:
+        enlarged = _sized(unit.output, SCALE * h, SCALE * w)
+        if count(unit.output) == T:
+            enlarged = (frame for i, frame in enumerate(enlarged) if i in unit.clip.scored)
+    else:
+        if unit.lr is not None:
+            lr = _hashed(_sized(unit.lr, h, w), digest)
+        else:
+            hr, ahead = tee(hr)
+            how = unit.protocol.degradation
+            small = (degrade(torch.from_numpy(frame.copy()), how).numpy() for frame in ahead)
+            lr = _hashed(small, digest)
+        enlarged = enlarge(unit.method, lr, unit.clip.scored, unit.protocol)
+    numbered = ((i, frame) for i, frame in enumerate(hr) if i in unit.clip.scored)
+    # a strict zip runs both to their ends, so that the digest has seen all frames
+    for (index, original), result in zip(numbered, enlarged, strict=True):
+        yield index, original, result
+
+
+@lru_cache(maxsize=1)
+def _lpips(backbone: Path | None) -> LPIPS:
+    return LPIPS(backbone)
+
+
+def score_frame(original: np.ndarray, enlarged: np.ndarray, unit: Unit) -> dict[str, float | None]:
+    """All scores of one frame but those that need two."""
+    border = unit.protocol.crop_border
+    scores: dict[str, float | None] = {
+        f"{metric.__name__}_{name}": metric(enlarged, original, y_channel=y, crop_border=border)
+        for name, y in (("rgb", False), ("y", True))
+        for metric in (psnr, ssim)
+    }
+    learned = _lpips(unit.backbone) if unit.protocol.lpips else None
+    scores["lpips"] = learned(enlarged, original, crop_border=border) if learned else None
+    return scores
+
+
+def _tof(before: Pair | None, now: Pair) -> float | None:
+    """TOF of a frame and the one before it."""
+    if before is None:
+        return None
+    of_originals, of_enlarged = (flow(a, b) for a, b in zip(before, now, strict=True))
+    return tof(of_enlarged, of_originals)
+
+
+def score(unit: Unit, tick: Callable[[], None]) -> None:
+    """Compute one clip and keep the result; tick is called after each frame."""
+    digest = hashlib.sha256()
+    frames, rows = [], []
+    before: Pair | None = None
+    middle = worst = None
+    lowest = float("inf")
+    for index, original, enlarged in pairs(unit, digest):
+        row = score_frame(original, enlarged, unit)
+        if unit.protocol.temporal:
+            row["tof"] = _tof(before, (original, enlarged))
+            before = original, enlarged
+        if worst is None or (row["psnr_rgb"] or 0) < lowest:
+            lowest, worst = row["psnr_rgb"] or 0, (index, enlarged)
+        if index == unit.clip.scored[len(unit.clip.scored) // 2]:
+            middle = enlarged
+        frames.append(index)
+        rows.append(row)
+        tick()
+    if unit.pictures and worst is not None and middle is not None:
+        write_atomically(unit.file(".middle.png"), png(middle))
+        write_atomically(unit.file(".worst.png"), png(worst[1]))
+    result = {
+        "clip": unit.clip.name,
+        "method": unit.method,
+        "lr_sha256": None if unit.output else digest.hexdigest(),
+        "worst": worst and worst[0],
+        "frames": frames,
+        "scores": {name: [row[name] for row in rows] for name in rows[0]},
+    }
+    write_atomically(unit.file(), json.dumps(result).encode())
+
+
+def png(frame: np.ndarray) -> bytes:
+    """A frame as the content of a PNG file."""
+    buffer = BytesIO()
+    Image.fromarray(frame).save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
+
+
+# ---- what is to be computed
+
+
+def plan(args: argparse.Namespace, protocol: Protocol) -> list[Unit]:
+    """A unit for every clip and method, checked as far as it can be without computing."""
+    lr_paths = dict(args.lr)
+    unknown = [name for name in lr_paths if name not in dict(args.data)]
+    if unknown:
+        valid = ", ".join(name for name, _ in args.data)
+        raise DataError(f"the name in --lr must be one of --data ({valid}), got '{unknown[0]}'")
+    weights = {method: check_method(method, protocol) for method in args.method}
+    units = []
     for name, path in args.data:
-        clips = open_clips([path], cache / name, split="test")
-        for method_name in args.method:
-            method = make_method(method_name)
-            per_clip = {
-                clip.name: evaluate(method, clip, args.degradation, f"{method_name} {clip.name}")
-                for clip in clips
-            }
-            mean = {key: float(np.mean([s[key] for s in per_clip.values()])) for key in SCORES}
-            frames = sum(clip.shape[0] for clip in clips)
-            row = {"dataset": name, "method": method_name, "clips": len(clips), "frames": frames}
-            rows.append({**row, **mean, "per_clip": per_clip})
-    return rows
+        with workers(args.jobs) if args.jobs > 1 else nullcontext() as executor:
+            clips = find_test_set(name, path, args.results, executor)
+        lr = _match_lr(clips, lr_paths[name]) if name in lr_paths else {}
+        if note := incomplete(name, clips):
+            console.print(f"note: {note}")
+        for clip in clips:
+            _check_clip(clip, protocol)
+        for method in args.method:
+            kind, _, value = method.partition(":")
+            outputs = _match_outputs(name, clips, Path(value)) if kind == "folder" else {}
+            if kind != "folder" and protocol.degradation == "none" and not lr:
+                raise MethodError(
+                    f"{method} needs low-resolution frames, --degradation none makes none; "
+                    f"pass --lr {name}=PATH"
+                )
+            units += [
+                Unit(name, clip, method, weights[method], protocol, lr.get(clip.name),
+                     outputs.get(clip.name), args.lpips_backbone, args.results,
+                     bool(args.html) and number < report.PICTURED)
+                for number, clip in enumerate(clips)
+            ]  # fmt: skip
+    return units
 
 
-def show(rows: list[dict], degradation: str) -> None:
-    """The table, on stdout."""
-    title = f"{degradation} x1/{SCALE}, all frames, no border cropped, 8-bit, mean of clips"
-    table = Table("clip", "method", "PSNR RGB", "SSIM RGB", "PSNR Y", "SSIM Y", title=title)
-    for name in dict.fromkeys(row["dataset"] for row in rows):
-        of_set = [row for row in rows if row["dataset"] == name]
-        for clip in [*of_set[0]["per_clip"], None]:
-            for row in of_set:
-                scores = row["per_clip"][clip] if clip else row
-                cells = (f"{scores[key]:.{3 if 'psnr' in key else 4}f}" for key in SCORES)
-                table.add_row(clip or f"mean of {name}", row["method"], *cells)
-    Console(width=110).print(table)
+def _check_clip(clip: Footage, protocol: Protocol) -> None:
+    """Raise DataError if the frames are too small for the metrics; say if they are cropped."""
+    _, H, W = clip.shape
+    height, width = H // SCALE * SCALE, W // SCALE * SCALE
+    smallest = max(SSIM_WINDOW, LPIPS_SMALLEST if protocol.lpips else 0)
+    smallest = max(smallest + 2 * protocol.crop_border, FLOW_SMALLEST * protocol.temporal)
+    if min(height, width) < smallest:
+        raise DataError(
+            f"frames must have at least {smallest} pixels each way for these metrics, "
+            f"{clip.name} has {width}x{height}; leave it out"
+        )
+    if (height, width) != (H, W):
+        console.print(f"note: {clip.name} is {W}x{H}, cropped to {width}x{height}")
+
+
+def _match_lr(clips: list[Footage], path: Path) -> dict[str, Source]:
+    found = match(clips, arrange(path, SHRUNK), path)
+    for clip in clips:
+        T, H, W = clip.shape
+        source = found[clip.name]
+        check_size(source, size_of(source), H // SCALE, W // SCALE)
+        if count(source) != T:
+            raise DataError(
+                f"{source.place} must have as many frames as its original, {T}, "
+                f"it has {count(source)}"
+            )
+    return found
+
+
+def _match_outputs(dataset: str, clips: list[Footage], path: Path) -> dict[str, Source]:
+    """The frames of another program for each clip; a folder of the set's name is preferred."""
+    path = path / dataset if (path / dataset).is_dir() else path
+    found = match(clips, arrange(path), path)
+    for clip in clips:
+        T, H, W = clip.shape
+        source = found[clip.name]
+        check_size(source, size_of(source), H // SCALE * SCALE, W // SCALE * SCALE)
+        if count(source) not in (T, len(clip.scored)):
+            raise DataError(
+                f"{source.place} must have as many frames as {clip.name}, {T}, "
+                f"it has {count(source)}"
+            )
+        if source.name != clip.name:
+            console.print(f"note: {clip.name} is compared with {source.place}")
+    return found
+
+
+# ---- computing, in this process or in several
+
+
+def compute(units: list[Unit], jobs: int) -> None:
+    """Compute the units whose results are not there yet."""
+    waiting = sorted((u for u in units if u.load() is None), key=lambda u: -len(u.clip.scored))
+    if not waiting:
+        return
+    total = sum(len(unit.clip.scored) for unit in waiting)
+    try:
+        with _progress(len(units) - len(waiting)) as progress:
+            task = progress.add_task("scoring", total=total)
+            if min(jobs, len(waiting)) == 1:
+                for unit in waiting:
+                    score(unit, lambda: progress.advance(task))
+            else:
+                _compute_in_processes(
+                    waiting, jobs, lambda done: progress.update(task, completed=done)
+                )
+    except DataError as error:
+        raise DataError(f"{error}; finished clips are kept in {units[0].results}") from error
+
+
+def _progress(kept: int) -> Progress:
+    columns = [*Progress.get_default_columns(), TextColumn("{task.completed}/{task.total} frames")]
+    if kept:
+        console.print(f"note: {kept} results are there from before")
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def workers(jobs: int, *shared) -> ProcessPoolExecutor:
+    """Processes that share the cores, and end with this one."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, context, _start_worker, (threads, *shared))
+
+
+_shared: dict[str, Any] = {}  # what a worker process shares with its parent
+
+
+def _start_worker(threads: int, counter=None, stop=None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process says when to stop
+    torch.set_num_threads(threads)
+    _shared.update(counter=counter, stop=stop)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent and (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _tick() -> None:
+    with _shared["counter"].get_lock():
+        _shared["counter"].value += 1
+    if _shared["stop"].is_set():
+        raise Stopped
+
+
+def _score_in_worker(unit: Unit) -> None:
+    score(unit, _tick)
+
+
+def _compute_in_processes(units: list[Unit], jobs: int, show: Callable[[int], None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    executor = workers(min(jobs, len(units)), counter, stop)
+    pending = {executor.submit(_score_in_worker, unit) for unit in units}
+    try:
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            show(counter.value)
+    except KeyboardInterrupt:
+        stop.set()
+        raise
+    finally:
+        # after an error, what is being computed is finished and kept
+        executor.shutdown(cancel_futures=True)
+
+
+# ---- command line
 
 
 def _named_path(text: str) -> tuple[str, Path]:
@@ -115,7 +497,16 @@ def _named_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def main() -> None:
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be a number >= {lowest}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,18 +514,124 @@ def main() -> None:
     add = parser.add_argument
     add("--data", nargs="+", type=_named_path, required=True, metavar="NAME=PATH")
     add("--method", nargs="+", required=True, metavar="METHOD", help="see above")
-    add("--degradation", choices=tuple(DEGRADATIONS), default="matlab_bicubic")
+    add("--degradation", choices=(*DEGRADATIONS, "none"), default="matlab_bicubic")
+    add("--lr", nargs="+", type=_named_path, default=[], metavar="NAME=PATH",
+        help="low-resolution frames of a data set, instead of making them")  # fmt: skip
+    add("--crop-border", type=_at_least(0), default=0, metavar="PIXELS")
+    add("--temporal", action="store_true", help="tOF as well; about 1.5 s per 720x576 frame")
+    add("--lpips-backbone", type=Path, metavar="FILE", help=".safetensors of AlexNet's features")
+    add("--device", default="auto", help="of the networks (default: %(default)s)")
+    add("--precision", default="auto", help="auto, fp32, bf16, fp16 (default: %(default)s)")
+    add("--jobs", type=_at_least(1), metavar="N",
+        help="processes (default: one per core, one alone if there is a GPU)")  # fmt: skip
+    add("--results", type=Path, default=Path("runs/eval"), metavar="DIR",
+        help="where finished clips are kept (default: %(default)s)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write the JSON line there")
-    args = parser.parse_args()
+    add("--html", type=Path, metavar="FILE", help="a page with plots and pictures")
+    add("--table1", action="store_true", help="the paper's Table 1 with these measurements")
+    add("--table2", action="store_true", help="the paper's Table 2: mana:FILE by memory size")
+    args = parser.parse_args(argv)
+    for flag, names in ("--data", [n for n, _ in args.data]), ("--method", args.method):
+        if len(set(names)) < len(names):
+            parser.error(f"{flag} must not name one thing twice, got {' '.join(names)}")
+    if args.jobs is None:
+        args.jobs = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return args
+
+
+def _lpips_identity(backbone: Path | None) -> str | None:
+    """What the protocol says of LPIPS; None, with a line that says how to get it, without."""
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            rows = run(args, Path(cache))
-    except (DataError, CheckpointError, MethodError, OSError) as error:
+        _lpips(backbone)
+    except LPIPSUnavailable as error:
+        console.print(f"note: {error}")
+        return None
+    return hashlib.sha256(backbone.read_bytes()).hexdigest() if backbone else "torchvision"
+
+
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for pattern in ("mana_triton/*.py", "kernels/*.py", "eval/run.py", "eval/datasets.py"):
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    """Of this checkout, with a + if it was changed; None outside of one."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is asked for; the object of the last line."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    protocol = Protocol(
+        args.degradation, args.crop_border, args.temporal, _lpips_identity(args.lpips_backbone),
+        device if args.device == "auto" else args.device, args.precision, _sources_hash(),
+    )  # fmt: skip
+    commit = _commit()  # of what runs, whatever is committed meanwhile
+    units = plan(args, protocol)
+    compute(units, args.jobs)
+    results = [(unit, unit.load() or {}) for unit in units]
+    summary = {
+        "rows": report.rows(results, _describe(args.method, protocol)),
+        "degradation": args.degradation,
+        "crop_border": args.crop_border,
+        "lr_from_disk": sorted(dict(args.lr)),
+        "rounding": "8 bits",
+        "padding": PADDING,
+        "lpips": f"alex, v0.1, backbone {protocol.lpips}" if protocol.lpips else None,
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
+    report.show(summary)
+    if args.table1:
+        report.show_paper_table("Table 1", report.table1(summary), summary)
+    if args.table2:
+        report.show_paper_table("Table 2", report.table2(summary), summary)
+    if args.html:
+        write_atomically(args.html, report.page(summary, results, originals).encode())
+    return summary
+
+
+def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
+    """What a row says of its method, beside its name and the hash of its weights."""
+    about = {}
+    for method in methods:
+        kind, _, weights = method.partition(":")
+        about[method] = {}
+        if kind in ("mana", "center"):
+            upscaler = _upscaler(weights, protocol.device, protocol.precision)
+            about[method] = {
+                "dtype": upscaler.precision,
+                "device": upscaler.device.type,
+                "memory_slots": upscaler.model.config.memory_slots,
+            }
+    return about
+
+
+def main() -> None:
+    """Command line."""
+    args = parse_args()
+    # a closed terminal and a polite kill stop it as Ctrl-C does
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        summary = evaluate(args)
+    except (DataError, CheckpointError, MethodError, BackboneError, OSError) as error:
         sys.exit(f"error: {error}")
-    show(rows, args.degradation)
-    line = json.dumps({"rows": rows, "degradation": args.degradation, "crop_border": 0})
+    except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
+        sys.exit("error: the memory is too small; the same command with --jobs 1 continues")
+    except (KeyboardInterrupt, Stopped):
+        sys.exit(f"error: stopped; the same command continues from {args.results}")
+    line = json.dumps(summary)
     if args.json:
-        args.json.write_text(line + "\n")
+        write_atomically(args.json, f"{line}\n".encode())
     print(line)
 
 

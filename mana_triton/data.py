@@ -164,7 +164,7 @@ def _open_npy(path: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Something to decode: the files it consists of (one video, or pictures in order)."""
 
     name: str
@@ -211,7 +211,7 @@ def _read_picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} must be a readable picture, got: {error}; remove it") from error
 
 
-def _vimeo_sources(root: Path, split: str) -> list[_Source]:
+def _vimeo_sources(root: Path, split: str) -> list[Source]:
     """The sequences of a Vimeo-90K folder that its train or test list names."""
     sources = []
     for name in (root / f"sep_{split}list.txt").read_text().split():
@@ -220,11 +220,11 @@ def _vimeo_sources(root: Path, split: str) -> list[_Source]:
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise DataError(f"{root} must hold every listed sequence, {missing[0]} is missing")
-        sources.append(_Source(name.replace("/", "-"), "clip", folder, files))
+        sources.append(Source(name.replace("/", "-"), "clip", folder, files))
     return sources
 
 
-def find_sources(path: Path, split: str = "train") -> list[_Source]:
+def find_sources(path: Path, split: str = "train") -> list[Source]:
     """The clips below `path`: videos, folders of frames (any nesting), or Vimeo-90K."""
     if (path / f"sep_{split}list.txt").is_file():
         return _vimeo_sources(path, split)
@@ -232,12 +232,12 @@ def find_sources(path: Path, split: str = "train") -> list[_Source]:
     sources = []
     for file in _files_below(path):
         if file.suffix.lower() in VIDEOS:
-            sources.append(_Source(file.stem, "clip", file, (file,)))
+            sources.append(Source(file.stem, "clip", file, (file,)))
         elif file.suffix.lower() in PICTURES and file != path:
             folders.setdefault(file.parent, []).append(file)
     for folder, files in folders.items():
         name = "-".join(folder.relative_to(path).parts) or folder.name
-        sources.append(_Source(name, "clip", folder, tuple(files)))
+        sources.append(Source(name, "clip", folder, tuple(files)))
     if not sources:
         raise DataError(
             f"{path} must hold videos ({' '.join(sorted(VIDEOS))}), folders of frames, Vimeo-90K "
@@ -246,7 +246,7 @@ def find_sources(path: Path, split: str = "train") -> list[_Source]:
     return sources
 
 
-def find_stills(path: Path) -> list[_Source]:
+def find_stills(path: Path) -> list[Source]:
     """The pictures below `path`, each a source of its own."""
     files = [file for file in _files_below(path) if file.suffix.lower() in PICTURES]
     if not files:
@@ -254,7 +254,7 @@ def find_stills(path: Path) -> list[_Source]:
             f"{path} must hold pictures ({' '.join(sorted(PICTURES))}); it holds none; "
             "pass another folder"
         )
-    return [_Source(file.stem, "still", file, (file,)) for file in files]
+    return [Source(file.stem, "still", file, (file,)) for file in files]
 
 
 def _files_below(path: Path) -> list[Path]:
@@ -318,7 +318,7 @@ def _as_clip(cache: Path, entry: dict) -> Clip:
     return Clip(entry["name"], entry["kind"], cache / entry["file"], tuple(entry["shape"]))
 
 
-def _decode(sources: list[_Source], cache: Path) -> list[Clip]:
+def _decode(sources: list[Source], cache: Path) -> list[Clip]:
     """Bring the cache up to date with the sources and open them."""
     cache.mkdir(parents=True, exist_ok=True)
     index = _read_index(cache)
@@ -348,7 +348,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _decode_one(source: _Source, key: str, cache: Path) -> dict:
+def _decode_one(source: Source, key: str, cache: Path) -> dict:
     """Write one .npy, frame by frame; it has its final name only when it is complete."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in source.name)
     file = f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
