@@ -20,4 +20,4 @@ def tune() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tens of microseconds
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)

@@ -247,11 +247,13 @@ class Upscaler:
         """Enlarge the center frame of a window."""
         center, k, v, order = window
         q = self.model.queries(center.f)
-        z = torch.empty_like(center.f)
+        z = center.f  # takes its place band by band
         for top in range(0, z.shape[2], BAND):
             rows = slice(top, top + BAND)
-            f, band = center.f[:, :, rows], q[:, rows]
-            z[:, :, rows] = self.model.fuse(f, band, k, v, first_row=top, order=order)
+            z[:, :, rows] = self.model.fuse(
+                z[:, :, rows], q[:, rows], k, v, first_row=top, order=order
+            )
+        del q
         return self._decode(z, center.lr, center.frame)
 
     def _decode(self, z: Tensor, lr: Tensor, like: Picture) -> Picture:
