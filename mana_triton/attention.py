@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -117,19 +118,40 @@ def memory_attention(
     Raises:
         ValueError: shapes, devices or types that do not fit.
     """
+    scale = _check_memory(q, memory, scale)
+    name, _ = choose_backend(backend, q.device)
+    if name == "triton":
+        from .kernels.memory import memory_attention as attend
+    elif name == "reference":
+        from .kernels.reference import memory_attention as attend
+    else:
+        from .kernels.tiled import memory_attention as attend
+    return attend(q, memory, scale)
+
+
+def memory_loss(
+    q: Tensor, memory: Tensor, *, scale: Tensor | float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Mean |y - q| [] of y = memory_attention(q, memory): how well the memory bank knows q.
+
+    The loss of training stage 2 (section 3.4); arguments and errors are `memory_attention`'s.
+    """
+    if choose_backend(backend, q.device)[0] != "triton":
+        return F.l1_loss(memory_attention(q, memory, scale=scale, backend=backend), q)
+    from .kernels.memory import memory_loss as attend
+
+    return attend(q, memory, _check_memory(q, memory, scale))
+
+
+def _check_memory(q: Tensor, memory: Tensor, scale: Tensor | float | None) -> Tensor:
+    """The scale as a tensor; ValueError if the operands of the memory bank do not fit."""
     if q.ndim != 4 or memory.ndim != 2 or memory.shape[0] != q.shape[-1]:
         raise ValueError(
             "q must be [B, H, W, D] and memory [D, N], "
             f"got {list(q.shape)} and {list(memory.shape)}"
         )
     _check_like("memory", memory, q)
-    scale = _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
-    name, _ = choose_backend(backend, q.device)
-    if name == "reference":
-        from .kernels.reference import memory_attention as attend
-    else:
-        from .kernels.tiled import memory_attention as attend
-    return attend(q, memory, scale)
+    return _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
 
 
 def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
