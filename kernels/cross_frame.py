@@ -818,8 +818,19 @@ def plan(
     return halo
 
 
-def visited_fraction(halo: Tensor, frames: _Frames) -> Tensor:
-    """Share of the (query, key) pairs that a plan visits: [] float64, on the device."""
+class Result(NamedTuple):
+    """What `forward` computes and `backward` needs."""
+
+    o: Tensor  # [B, T, h, W, D]
+    displacement: Tensor  # [B, T, h, W, 2] float32; [0] unless asked for
+    lse: Tensor  # [B, T, h, W] float32
+    lse_bias: Tensor  # gate form: that of the bias form's logits; else [0]
+    halo: Tensor  # the plan
+
+
+def visited_fraction(result: Result, q: Tensor, k: Tensor, first_row: int) -> Tensor:
+    """Share of the (query, key) pairs that `forward` visited: [] float32, on the device."""
+    frames, halo = _Frames.of(q, k, first_row), result.halo
     rows, height, width, first_row = frames[3:]
     tile = torch.arange(frames.query_tiles, device=halo.device)
     across = frames.tiles_x // 2
@@ -832,16 +843,6 @@ def visited_fraction(halo: Tensor, frames: _Frames) -> Tensor:
 
     pairs = queries * keys(top + first_row, TILE, height) * keys(left, PAIR, width)
     return pairs.sum() / (frames.B * frames.T * rows * width * height * width)
-
-
-class Result(NamedTuple):
-    """What `forward` computes and `backward` needs."""
-
-    o: Tensor  # [B, T, h, W, D]
-    displacement: Tensor  # [B, T, h, W, 2] float32; [0] unless asked for
-    lse: Tensor  # [B, T, h, W] float32
-    lse_bias: Tensor  # gate form: that of the bias form's logits; else [0]
-    halo: Tensor  # the plan
 
 
 def forward(
