@@ -24,6 +24,7 @@ from torch import Tensor
 from . import tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale
 HEADS = (16, 32, 64, 128)  # supported D
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PROGRAMS = 256  # that share the pixels of dm, about two for each core of a large GPU
@@ -79,9 +80,11 @@ def _forward_kernel(
         m = _load_entries(m_ptr, cols, N, D, EVEN_N)  # [D, N]
         s = tl.dot(signed_q, m, input_precision=PRECISION)  # [M, N]
         if not EVEN_N:
-            s = tl.where(cols[None, :] < N, s, float("-inf"))
+            s = tl.where(cols[None, :] < N, s, LOW)
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * c)
         p = tl.exp2(s * c - m_new[:, None])
+        if not EVEN_N:  # c may be zero
+            p = tl.where(cols[None, :] < N, p, 0.0)
         rescale = tl.exp2(m_i - m_new)
         l = l * rescale + tl.sum(p, axis=1)
         acc = tl.dot(p.to(m.dtype), m.T, acc * rescale[:, None], input_precision=PRECISION)

@@ -8,6 +8,8 @@ them and writes tuned.json beside this file.
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -40,16 +42,39 @@ _HOPPER = {
     "memory_forward": (64, 64, 4, 3),
     "memory_backward": (64, 64, 4, 2),
 }
+_HOPPER_128 = {  # D = 128
+    "cross_frame_forward": (128, 64, 4, 2),
+    "cross_frame_lse": (128, 64, 8, 2),
+    "cross_frame_dq": (128, 64, 8, 2),
+    "cross_frame_dkv": (64, 128, 8, 2),
+    "memory_forward": (128, 64, 8, 2),
+    "memory_backward": (64, 32, 4, 2),
+}
 _AMPERE = {
     "cross_frame_forward": (128, 64, 4, 2),
     "cross_frame_lse": (128, 64, 4, 2),
     "cross_frame_dq": (64, 32, 4, 2),
     "cross_frame_dkv": (32, 64, 4, 2),
     "memory_forward": (64, 64, 4, 2),
-    "memory_backward": (64, 32, 4, 2),
+    "memory_backward": (64, 64, 4, 2),
 }
-_WIDE = dict.fromkeys(KERNELS, (64, 32, 4, 2))  # D = 128, or float32
-_INTERPRETER = dict.fromkeys(KERNELS, (64, 64, 4, 1))
+_AMPERE_128 = {
+    "cross_frame_forward": (128, 64, 8, 2),
+    "cross_frame_lse": (64, 64, 4, 2),
+    "cross_frame_dq": (64, 32, 4, 2),
+    "cross_frame_dkv": (32, 64, 4, 2),
+    "memory_forward": (128, 32, 8, 2),
+    "memory_backward": (64, 64, 8, 2),
+}
+_FLOAT = dict.fromkeys(KERNELS, (32, 32, 4, 1))
+_AMD = dict.fromkeys(KERNELS, (64, 64, 2, 1))  # a warp is 64 threads wide
+_AMD_128 = dict.fromkeys(KERNELS, (32, 32, 1, 1))
+_INTERPRETER = dict.fromkeys(KERNELS, (64, 64, 4, 1)) | {
+    "memory_forward": (64, 256, 4, 1),
+    "memory_backward": (64, 256, 4, 1),
+}
+
+_pinned: dict[str, dict] = {}  # see `pinned`
 
 
 def launch_config(
@@ -64,7 +89,21 @@ def launch_config(
         height, width: of a frame; the nearest measured size counts.
         device: where the kernel will run; "cpu" means the interpreter.
     """
+    if kernel in _pinned:
+        return dict(_pinned[kernel])
     return dict(_launch_config(kernel, d, dtype, height, width, torch.device(device)))
+
+
+@contextmanager
+def pinned(kernel: str, config: dict) -> Iterator[None]:
+    """Within this context the kernel runs with this configuration: for tuning and for tests."""
+    before = _pinned.copy()
+    _pinned[kernel] = config
+    try:
+        yield
+    finally:
+        _pinned.clear()
+        _pinned.update(before)
 
 
 @cache
@@ -133,22 +172,23 @@ def default_config(kernel: str, arch: str, d: int, dtype: torch.dtype) -> dict:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if arch not in (*ARCHITECTURES, "cpu"):
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)} or cpu, got {arch!r}")
-    wide = d > 64 or dtype == torch.float32
     if arch == "cpu":
         table = _INTERPRETER
-    elif wide:
-        table = _WIDE
+    elif arch.startswith("gfx"):
+        table = _AMD if d <= 64 and dtype != torch.float32 else _AMD_128
+    elif dtype == torch.float32:
+        table = _FLOAT
+    elif arch == "sm_90":
+        table = _HOPPER if d <= 64 else _HOPPER_128
     else:
-        table = _HOPPER if arch == "sm_90" else _AMPERE
+        table = _AMPERE if d <= 64 else _AMPERE_128
     block_m, block_n, warps, stages = table[kernel]
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": warps,
         "num_stages": stages,
-        "WARP_SPECIALIZE": (
-            arch == "sm_90" and kernel == "cross_frame_forward" and not wide and warps == 4
-        ),
+        "WARP_SPECIALIZE": kernel == "cross_frame_forward" and table in (_HOPPER, _HOPPER_128),
     }
 
 
