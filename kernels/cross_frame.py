@@ -17,7 +17,8 @@ Gaussian from the coordinates instead.
 Backward, with P = a and delta_i = do_i . o_i + dd_i . displacement_i - dlse_i:
 
     dS_ij = P_ij (do_i . v_j + dd_i . (p_j - p_i) - delta_i)
-    dq = s dS k     dk = s dS^T q     dv = P^T do     ds = sum dS q.k     dsigma = sum dS d^2/sigma^3
+    dq = s dS k     dk = s dS^T q     dv = P^T do     ds = sum_ij dS_ij q_i . k_j
+    dsigma = sum_ij dS_ij |p_i - p_j|^2 / sigma^3
 
 dq's programs own a block of queries and add over frames, those of dk and dv a block of keys: no
 atomics, and equal inputs give equal bits.
@@ -31,7 +32,10 @@ chooses the smallest halo such that what is dropped, bounded by its tiles' mean 
 most eta of the rest (see `tiled.py`), and stays on the device.
 """
 
-from typing import NamedTuple
+# Triton's decorator hides what its functions take and return
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -176,7 +180,8 @@ def _forward_kernel(
     o_ptr,  # [B, T, h, W, D]
     displacement_ptr,  # [B, T, h, W, 2]
     lse_ptr,  # [B, T, h, W], natural
-    B, T, rows, height, width, first_row, tiles_x, q_pixels, k_pixels, zero_y, zero_x, cells_x, cells,
+    B, T, rows, height, width, first_row, tiles_x, q_pixels, k_pixels,
+    zero_y, zero_x, cells_x, cells,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSETS: tl.constexpr,
     EXACT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -749,8 +754,9 @@ class _Tables(NamedTuple):
         """Without a Gaussian, c None, one cell serves all blocks."""
         block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
         key = like.new_empty(frames.k_pixels, COLUMNS.value)
+        blocks: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n}
         _key_table_kernel[(frames.k_pixels // block_n,)](
-            key, frames.height, frames.width, frames.tiles_x, BLOCK_N=block_n
+            key, frames.height, frames.width, frames.tiles_x, BLOCK_N=blocks["BLOCK_N"]
         )
         if like.dtype == torch.float32:  # forms the Gaussian from the coordinates
             return cls(key, key, 0, 0, 0, 0)
@@ -762,11 +768,9 @@ class _Tables(NamedTuple):
         cells_x = zero_x + (width - width_n) // step_x + 1
         cells = (zero_y + (height - height_n) // step_y + 1) * cells_x
         if c is None:
-            c, cells = torch.zeros((), device=like.device), 1
+            c, cells = _no_gaussian(like), 1
         query = like.new_empty(cells, block_m, COLUMNS.value)
-        _query_table_kernel[(cells,)](
-            query, c, frames.first_row, zero_y, zero_x, cells_x, BLOCK_M=block_m, BLOCK_N=block_n
-        )
+        _query_table_kernel[(cells,)](query, c, frames.first_row, zero_y, zero_x, cells_x, **blocks)
         return cls(query, key, zero_y, zero_x, cells_x, cells)
 
 
@@ -776,8 +780,12 @@ def _block_shape(block: int) -> tuple[int, int]:
 
 
 def _steepness(sigma: Tensor) -> Tensor:
-    """c = log2(e) / (2 sigma^2) in float32; 0 for an infinite sigma."""
+    """The c of this file's head, in float32; 0 for an infinite sigma."""
     return (LOG2_E / 2 / sigma.float().square()).clamp(max=STEEPEST)
+
+
+def _no_gaussian(like: Tensor) -> Tensor:
+    return like.new_zeros((), dtype=torch.float32)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -804,16 +812,18 @@ def plan(
     images = frames.B * frames.T
     means = k.new_empty(images, frames.key_tiles, frames.D)
     radii, lengths = k.new_empty(2, images, frames.key_tiles, dtype=torch.float32)
+    constants: dict[str, Any] = {"D": frames.D}
     _key_tile_kernel[(frames.key_tiles, images)](
-        k, means, radii, lengths, frames.height, frames.width, frames.tiles_x, D=frames.D
+        k, means, radii, lengths, frames.height, frames.width, frames.tiles_x, **constants
     )
+    constants |= {"RINGS": triton.next_power_of_2(everything // TILE + 2), "CHUNK": 16}
     halo = q.new_empty(frames.B, frames.T, frames.query_tiles, dtype=torch.int32)
     # the lower bound of the lse may count keys that are dropped
     _plan_kernel[(frames.query_tiles, frames.T, frames.B)](
         q, k, means, radii, lengths.amax(1), c, halo, tolerance / (1 + tolerance),
         frames.T, frames.rows, frames.height, frames.width, frames.first_row, frames.tiles_x,
         frames.q_pixels, frames.k_pixels,
-        D=frames.D, RINGS=triton.next_power_of_2(everything // TILE + 2), CHUNK=16, num_warps=8,
+        **constants, num_warps=8,
     )  # fmt: skip
     return halo
 
@@ -857,7 +867,6 @@ def forward(
     tolerance: float,
     first_row: int,
     radius: int | None = None,
-    configs: dict[str, dict] | None = None,
 ) -> Result:
     """`reference.cross_frame_attention`, exact to the certified tolerance.
 
@@ -866,7 +875,6 @@ def forward(
             HEADS, the type one of DTYPES.
         tolerance: eta of the certificate; 0 visits every pair.
         radius: visit the key tiles within this many pixels of a query tile instead.
-        configs: launch options by kernel instead of those of `tuning`.
     """
     frames, c = _Frames.of(q, k, first_row), _steepness(sigma)
     q, k, v = to_tiles(_scaled(q, scale)), to_tiles(k), to_tiles(v)
@@ -875,18 +883,18 @@ def forward(
     o = v.new_empty(*shape, frames.D)
     displacement = v.new_empty((*shape, 2) if offsets else 0, dtype=torch.float32)
     lse = v.new_empty(shape, dtype=torch.float32)
-    config = _chosen("cross_frame_forward", frames, k, configs)
+    config = _chosen("cross_frame_forward", frames, k)
     tables = _Tables.build(frames, c, k, config)
     if config["WARP_SPECIALIZE"]:
         triton.set_allocator(_workspace)
     _forward_kernel[(frames.q_pixels // config["BLOCK_M"], frames.T, frames.B)](
         q, k, v, tables.query, tables.key, c, halo, o, displacement, lse,
         frames.B, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
-        *tables[2:], D=frames.D, OFFSETS=offsets, EXACT=k.dtype == torch.float32, **config,
+        *tables[2:], **_constants(frames, k, OFFSETS=offsets), **config,
     )  # fmt: skip
     if gaussian == "bias":
         return Result(o, displacement, lse, lse.new_empty(0), halo)
-    plain = _plain_lse(q, k, frames, configs)
+    plain = _plain_lse(q, k, frames)
     gate = (lse - plain).exp_()[..., None]
     if offsets:
         displacement *= gate
@@ -898,26 +906,29 @@ def _scaled(q: Tensor, scale: Tensor) -> Tensor:
     return (q.float() * (scale * LOG2_E)).to(q.dtype)
 
 
-def _chosen(kernel: str, frames: _Frames, like: Tensor, configs: dict[str, dict] | None) -> dict:
+def _chosen(kernel: str, frames: _Frames, like: Tensor) -> dict:
     """Launch options of a kernel."""
-    if configs:
-        return configs[kernel]
     return tuning.launch_config(
         kernel, frames.D, like.dtype, frames.height, frames.width, like.device
     )
 
 
-def _plain_lse(q: Tensor, k: Tensor, frames: _Frames, configs: dict[str, dict] | None) -> Tensor:
+def _plain_lse(q: Tensor, k: Tensor, frames: _Frames) -> Tensor:
     """Log-sum-exp of the logits without a Gaussian, over all keys: [B, T, h, W]."""
-    config = _chosen("cross_frame_lse", frames, k, configs)
+    config = _chosen("cross_frame_lse", frames, k)
     tables = _Tables.build(frames, None, k, config)
     lse = k.new_empty(frames.B, frames.T, frames.rows, frames.width, dtype=torch.float32)
     _lse_kernel[(frames.q_pixels // config["BLOCK_M"], frames.T, frames.B)](
         q, k, tables.query, tables.key, lse, frames.T, frames.rows, frames.height, frames.width,
         frames.tiles_x, frames.q_pixels, frames.k_pixels,
-        D=frames.D, EXACT=k.dtype == torch.float32, **_ordinary(config),
+        **_constants(frames, k), **_ordinary(config),
     )  # fmt: skip
     return lse
+
+
+def _constants(frames: _Frames, like: Tensor, **flags: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, apart from its launch options."""
+    return {"D": frames.D, "EXACT": like.dtype == torch.float32, **flags}
 
 
 def _ordinary(config: dict) -> dict:
@@ -961,7 +972,6 @@ def backward(
     gaussian: str,
     offsets: bool,
     first_row: int,
-    configs: dict[str, dict] | None = None,
 ) -> Gradients:
     """Gradients of `forward`, from those of o, displacement and lse; see the head of this file."""
     frames, c = _Frames.of(q, k, first_row), _steepness(sigma)
@@ -980,17 +990,17 @@ def backward(
         *_rows(lse, delta),
     )  # fmt: skip
     halo = result.halo
-    dq, dlogit = _launch_dq(operands, c, halo, frames, offsets, configs)
+    dq, dlogit = _launch_dq(operands, c, halo, frames, offsets)
     wide = torch.float32 if gaussian == "gate" else k.dtype  # two shares are to be added
-    dk, dv = _launch_dkv(operands, c, halo, _reach(halo, frames), frames, offsets, configs, wide)
+    dk, dv = _launch_dkv(operands, c, halo, _reach(halo, frames), frames, offsets, wide)
     if gaussian == "gate":
         everything = max(frames.height, frames.width)
         lse, delta = _rows(result.lse, inner - dlse)
         operands = operands._replace(lse=lse, delta=delta)
         halo = torch.full_like(halo, everything)
         reach = halo.new_full((frames.B, frames.T, frames.key_tiles), everything)
-        dq += _launch_dq(operands, None, halo, frames, False, configs)[0]
-        dk += _launch_dkv(operands, None, halo, reach, frames, False, configs, wide)[0]
+        dq += _launch_dq(operands, None, halo, frames, False)[0]
+        dk += _launch_dkv(operands, None, halo, reach, frames, False, wide)[0]
     dscale = (dq * q).sum()
     dsigma = dlogit.sum() * (-2 * LN_2.value) / sigma
     return Gradients((dq * scale).to(q.dtype), dk.to(k.dtype), dv, dsigma, dscale)
@@ -1015,8 +1025,9 @@ def _displacement_columns(dd: Tensor, like: Tensor) -> Tensor:
 def _reach(halo: Tensor, frames: _Frames) -> Tensor:
     """Distance of the farthest query tile that sees a key tile: [B, T, key tiles], int32."""
     reach = halo.new_empty(frames.B, frames.T, frames.key_tiles)
+    constants: dict[str, Any] = {"CHUNK": 256}
     _reach_kernel[(frames.key_tiles, frames.B * frames.T)](
-        halo, reach, frames.first_row, frames.tiles_x, frames.query_tiles, CHUNK=256
+        halo, reach, frames.first_row, frames.tiles_x, frames.query_tiles, **constants
     )
     return reach
 
@@ -1027,20 +1038,19 @@ def _launch_dq(
     halo: Tensor,
     frames: _Frames,
     offsets: bool,
-    configs: dict[str, dict] | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of s q and the sum of dS times the Gaussian's logit; c None is the plain softmax."""
     k = operands.k
-    config = _chosen("cross_frame_dq", frames, k, configs)
+    config = _chosen("cross_frame_dq", frames, k)
     tables = _Tables.build(frames, c, k, config)
     blocks = frames.q_pixels // config["BLOCK_M"]
     shape = (frames.B, frames.rows, frames.width, frames.D)
     dq = k.new_empty(shape, dtype=torch.float32)
     dlogit = k.new_empty(frames.B, blocks, dtype=torch.float32)
     _dq_kernel[(blocks, frames.B)](
-        *operands, tables.query, tables.key, k.new_zeros((), dtype=torch.float32) if c is None else c,
+        *operands, tables.query, tables.key, _no_gaussian(k) if c is None else c,
         halo, dq, dlogit, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
-        *tables[2:5], D=frames.D, OFFSETS=offsets, EXACT=k.dtype == torch.float32, PLAIN=c is None,
+        *tables[2:5], **_constants(frames, k, OFFSETS=offsets, PLAIN=c is None),
         **_ordinary(config),
     )  # fmt: skip
     return dq, dlogit
@@ -1053,20 +1063,19 @@ def _launch_dkv(
     reach: Tensor,
     frames: _Frames,
     offsets: bool,
-    configs: dict[str, dict] | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k, in `dtype`, and v; c None is the plain softmax, which v has no part in."""
     k = operands.k
-    config = _chosen("cross_frame_dkv", frames, k, configs)
+    config = _chosen("cross_frame_dkv", frames, k)
     tables = _Tables.build(frames, c, k, config)
     shape = (frames.B, frames.T, frames.height, frames.width, frames.D)
     dk, dv = k.new_empty(shape, dtype=dtype), k.new_empty(shape if c is not None else 0)
     _dkv_kernel[(frames.k_pixels // config["BLOCK_N"], frames.T, frames.B)](
-        *operands, tables.query, tables.key, k.new_zeros((), dtype=torch.float32) if c is None else c,
+        *operands, tables.query, tables.key, _no_gaussian(k) if c is None else c,
         halo, reach, dk, dv, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels,
-        frames.k_pixels, *tables[2:5], D=frames.D, OFFSETS=offsets,
-        EXACT=k.dtype == torch.float32, PLAIN=c is None, **_ordinary(config),
+        frames.k_pixels, *tables[2:5], **_constants(frames, k, OFFSETS=offsets, PLAIN=c is None),
+        **_ordinary(config),
     )  # fmt: skip
     return dk, dv
 

@@ -49,9 +49,9 @@ def _refusal_of_triton(kind: str, index: int | None, interpreted: bool) -> str:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if kind == "cpu":
-        import triton
+        from triton import knobs
 
-        return "" if triton.knobs.runtime.interpret else "they need an NVIDIA or AMD GPU, got cpu"
+        return "" if knobs.runtime.interpret else "they need an NVIDIA or AMD GPU, got cpu"
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"they need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
@@ -239,20 +239,21 @@ def _attend_backward(
         from .kernels import cross_frame
 
         result = cross_frame.Result(o, displacement, lse, lse_bias, plan)
-        return tuple(cross_frame.backward(do, dd, dlse, *inputs, result, **options))
+        return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
     attend, options = _in_pytorch(backend, options, tolerance)
 
-    def differentiate() -> list[Tensor]:
+    def differentiate() -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         outputs = attend(*leaves, **options)[:3]
         pairs = [(x, w) for x, w in zip(outputs, (do, dd, dlse), strict=True) if x is not None]
         weights = [w.to(x.dtype) for x, w in pairs]
         grads = torch.autograd.grad([x for x, _ in pairs], leaves, weights)
-        return [x.contiguous() for x in grads]
+        return tuple(x.contiguous() for x in grads)
 
     # inside an operator nothing is recorded for autograd, on another thread it is
     with ThreadPoolExecutor(1) as thread:
-        return tuple(thread.submit(differentiate).result())
+        dq, dk, dv, dsigma, dscale = thread.submit(differentiate).result()
+    return dq, dk, dv, dsigma, dscale
 
 
 @_attend_backward.register_fake
