@@ -24,6 +24,7 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 from rich.console import Console
@@ -59,17 +60,19 @@ def candidates(kernel: str, arch: str, d: int, dtype: torch.dtype) -> list[dict]
     """The configurations worth compiling, the default first."""
     default = tuning.default_config(kernel, arch, d, dtype)
     flags = (False, True) if arch == "sm_90" and kernel == "cross_frame_forward" else (False,)
+    amd = arch.startswith("gfx")  # twice as wide a warp
+    warp, warps, stages = (64, (2, 4), (1, 2)) if amd else (32, (4, 8), (2, 3))
     sizes = (32, 64, 128)
     found = [default]
-    for m, n, warps, stages, flag in product(sizes, sizes, (4, 8), (2, 3), flags):
+    for m, n, w, stage, flag in product(sizes, sizes, warps, stages, flags):
         # fewer than 16 scores leave a thread idle, more than 128 do not fit into its registers
-        if not 16 <= m * n // (32 * warps) <= 128 or (flag and (m, warps) != (128, 4)):
+        if not 16 <= m * n // (warp * w) <= 128 or (flag and (m, w) != (128, 4)):
             continue
         config = {
             "BLOCK_M": m,
             "BLOCK_N": n,
-            "num_warps": warps,
-            "num_stages": stages,
+            "num_warps": w,
+            "num_stages": stage,
             "WARP_SPECIALIZE": flag,
         }
         if config != default:
@@ -210,8 +213,9 @@ def measure(case: Case, device: torch.device) -> tuple[float, float, float]:
             with torch.no_grad():
                 return problem.run(*problem.inputs)
 
-    ms, p20, p80 = triton.testing.do_bench(run, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-    return ms, p20, p80
+    times = triton.testing.do_bench(run, warmup=25, rep=100, return_mode="all")
+    low, ms, high = np.percentile(times, [20, 50, 80])
+    return float(ms), float(low), float(high)
 
 
 def tune(

@@ -75,6 +75,7 @@ _INTERPRETER = dict.fromkeys(KERNELS, (64, 64, 4, 1)) | {
 }
 
 _pinned: dict[str, dict] = {}  # see `pinned`
+_warned: set[str] = set()  # GPUs
 
 
 def launch_config(
@@ -114,15 +115,17 @@ def _launch_config(kernel, d, dtype, height, width, device) -> dict:
     entry = nearest(tuned(), gpu, kernel, d, dtype, height, width)
     if entry:
         return entry["config"]
-    _warn_untuned(gpu)
+    _warn_untuned(kernel, gpu)
     return default_config(kernel, architecture(device), d, dtype)
 
 
-@cache
-def _warn_untuned(gpu: str) -> None:
+def _warn_untuned(kernel: str, gpu: str) -> None:
+    if gpu in _warned:
+        return
+    _warned.add(gpu)
     warnings.warn(
-        f"no tuned configuration of every attention kernel for {gpu}: using defaults, which may "
-        "be slow. Run: python -m mana_triton.kernels.tune",
+        f"no tuned configuration of {kernel} for {gpu}: using the default, which may be slow. "
+        "Run: python -m mana_triton.kernels.tune",
         stacklevel=2,
     )
 
@@ -134,7 +137,8 @@ def tuned() -> list[dict]:
 
 
 def forget() -> None:
-    """Read tuned.json again at the next lookup."""
+    """Read tuned.json, and warn, again at the next lookup."""
+    _warned.clear()
     tuned.cache_clear()
     _launch_config.cache_clear()
 

@@ -38,7 +38,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 2, "WARP_SPECIALIZE": False}
 def poisoned():
     """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     yield
     torch.use_deterministic_algorithms(False)
 
