@@ -116,8 +116,9 @@ def _query_table_kernel(
 ):
     # one program per distance between a block of queries and one of keys
     cell = tl.program_id(0)
-    step_y = tl.minimum(block_height(BLOCK_M), block_height(BLOCK_N))
-    step_x = tl.minimum(block_width(BLOCK_M), block_width(BLOCK_N))
+    smaller: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_N else BLOCK_N
+    step_y: tl.constexpr = block_height(smaller)
+    step_x: tl.constexpr = block_width(smaller)
     y, x = block_pixels(BLOCK_M)
     center_y = (cell // cells_x - zero_y) * step_y - first_row + (block_height(BLOCK_N) - 1) / 2
     center_x = (cell % cells_x - zero_x) * step_x + (block_width(BLOCK_N) - 1) / 2
@@ -139,8 +140,9 @@ def _query_table_kernel(
 def _cell(key_y, key_x, query_y, query_x, zero_y, zero_x, cells_x,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Cell of the query table for a block of keys and one of queries, by their origins."""
-    step_y = tl.minimum(block_height(BLOCK_M), block_height(BLOCK_N))
-    step_x = tl.minimum(block_width(BLOCK_M), block_width(BLOCK_N))
+    smaller: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_N else BLOCK_N
+    step_y: tl.constexpr = block_height(smaller)
+    step_x: tl.constexpr = block_width(smaller)
     return ((key_y - query_y) // step_y + zero_y) * cells_x + (key_x - query_x) // step_x + zero_x
 
 
@@ -760,23 +762,18 @@ class _Tables(NamedTuple):
         )
         if like.dtype == torch.float32:  # forms the Gaussian from the coordinates
             return cls(key, key, 0, 0, 0, 0)
-        (height_m, width_m), (height_n, width_n) = _block_shape(block_m), _block_shape(block_n)
-        step_y, step_x = min(height_m, height_n), min(width_m, width_n)
+        step_y, step_x = (f(min(block_m, block_n)) for f in (block_height, block_width))
         rows, height = (tiles_in(n, 1)[0] * TILE for n in (frames.rows, frames.height))
         width = frames.tiles_x * TILE
-        zero_y, zero_x = (rows - height_m) // step_y, (width - width_m) // step_x
-        cells_x = zero_x + (width - width_n) // step_x + 1
-        cells = (zero_y + (height - height_n) // step_y + 1) * cells_x
+        zero_y = (rows - block_height(block_m)) // step_y
+        zero_x = (width - block_width(block_m)) // step_x
+        cells_x = zero_x + (width - block_width(block_n)) // step_x + 1
+        cells = (zero_y + (height - block_height(block_n)) // step_y + 1) * cells_x
         if c is None:
             c, cells = _no_gaussian(like), 1
         query = like.new_empty(cells, block_m, COLUMNS.value)
         _query_table_kernel[(cells,)](query, c, frames.first_row, zero_y, zero_x, cells_x, **blocks)
         return cls(query, key, zero_y, zero_x, cells_x, cells)
-
-
-def _block_shape(block: int) -> tuple[int, int]:
-    """Height and width of a block of 16, 32, 64 or 128 pixels."""
-    return min(block // TILE, TILE), max(block // TILE, TILE)
 
 
 def _steepness(sigma: Tensor) -> Tensor:

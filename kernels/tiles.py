@@ -32,16 +32,16 @@ def to_tiles(x: Tensor, value: float = 0.0) -> Tensor:
     return rearrange(x, pattern, m=TILE, n=TILE).contiguous()
 
 
-@triton.jit
-def block_height(BLOCK: tl.constexpr):
+@triton.constexpr_function
+def block_height(block: int) -> int:
     """Rows of a block of 16, 32, 64 or 128 pixels."""
-    return BLOCK // 8 if BLOCK < 64 else 8
+    return min(block // TILE, TILE)
 
 
-@triton.jit
-def block_width(BLOCK: tl.constexpr):
+@triton.constexpr_function
+def block_width(block: int) -> int:
     """Columns of a block."""
-    return BLOCK // 8 if BLOCK > 64 else 8
+    return max(block // TILE, TILE)
 
 
 @triton.jit

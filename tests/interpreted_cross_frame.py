@@ -28,15 +28,15 @@ FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = {  # B, T, H, W, D
     "one-pixel": (1, 1, 1, 1, 16),
-    "one-row": (2, 1, 1, 21, 32),
-    "one-column": (1, 2, 19, 1, 16),
+    "one-row": (1, 2, 1, 21, 32),
+    "one-column": (1, 1, 19, 1, 16),
     "batch-of-four": (4, 1, 7, 3, 16),
-    "seven-frames": (1, 7, 5, 9, 16),
-    "odd-size": (1, 2, 17, 31, 64),
-    "whole-tiles": (2, 1, 8, 32, 16),
+    "seven-frames": (1, 7, 3, 5, 16),
+    "odd-size": (1, 1, 17, 31, 64),
+    "whole-tiles": (1, 1, 8, 32, 16),
     "widest": (1, 1, 6, 11, 128),
 }
-BLOCKS = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # the interpreter is slow with small ones
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def blocks(request):
     with ExitStack() as stack:
         choose = random.Random(request.node.name).choice
         for kernel in KERNELS:
-            pin(stack, kernel, *choose(BLOCKS if INTERPRETED else BLOCKS[:4]))
+            pin(stack, kernel, *choose(BLOCKS))
         yield
 
 
@@ -93,7 +93,7 @@ def test_cosine_matching(gaussian, dtype, blocks):
 
 
 @TYPES
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 100.0, 1e6])
+@pytest.mark.parametrize("sigma", [0.3, 100.0, 1e6])
 def test_any_width_of_the_gaussian(sigma, dtype, blocks):
     assert_case(draw((1, 1, 9, 19, 16), dtype, sigma=sigma, seed=2), "bias")
 
@@ -116,23 +116,26 @@ def test_infinite_width_is_plain_attention(gaussian, dtype, blocks):
     assert_as_accurate("o", actual, attend(q, k, v).unflatten(2, (7, 18)), exact, dtype)
 
 
-@FORMS
-@pytest.mark.parametrize("bands", [[8], [5, 12]], ids=str)
+@pytest.mark.parametrize(("bands", "gaussian"), [([8], "bias"), ([5, 9], "bias"), ([5], "gate")])
 def test_bands_of_rows_are_the_whole_frame(bands, gaussian, blocks):
     """Also where a band begins within a tile of the keys."""
-    assert_case(draw((1, 2, 19, 17, 16), sigma=2.0, seed=5), gaussian, bands=bands)
+    assert_case(draw((1, 1, 13, 17, 16), sigma=2.0, seed=5), gaussian, bands=bands)
 
 
-@TYPES
-@FORMS
-def test_descriptors(gaussian, dtype):
-    """The form that sm_90 specializes."""
-    case = draw((1, 2, 17, 18, 16), dtype, seed=6)
-    if dtype == F32:
-        pytest.skip("float32 forms the Gaussian another way")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("block", [64, 128])
+def test_descriptors(block, dtype):
+    """The form that sm_90 specializes; float32 has none."""
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper's tensor memory accelerator")
+    case = on_device(draw((1, 1, 9, 18, 16), dtype, seed=6))
     with ExitStack() as stack:
-        pin(stack, "cross_frame_forward", 128, 128 if gaussian == "bias" else 64, specialize=True)
-        assert_case(case, gaussian)
+        pin(stack, "cross_frame_forward", 128, block, specialize=True)
+        actual = run(case, "triton", tolerance=0, gradients=False)
+    exact = run(case, "reference", wide=True, gradients=False)
+    eager = run(case, "reference", gradients=False)
+    for name, x, y, z in zip(NAMES, actual, eager, exact, strict=False):
+        assert_as_accurate(name, x, y, z, dtype)
 
 
 # --- what is visited
@@ -145,7 +148,9 @@ def masked_reference(case: Case, halo: torch.Tensor):
     pixels = reference.pixel_coordinates(0, height, width, q)
     y, x = pixels.long().unbind(-1)
     halo = halo[..., y // 8 * -(-width // 16) + x // 16][..., None]  # [B, T, HW, 1]
-    gap_y = torch.maximum(y // 8 * 8 - (y[:, None] // 8 * 8 + 7), y[:, None] // 8 * 8 - y // 8 * 8 - 7)
+    gap_y = torch.maximum(
+        y // 8 * 8 - (y[:, None] // 8 * 8 + 7), y[:, None] // 8 * 8 - y // 8 * 8 - 7
+    )
     gap_x = torch.maximum(
         x // 8 * 8 - (x[:, None] // 16 * 16 + 15), x[:, None] // 16 * 16 - x // 8 * 8 - 7
     )
@@ -162,13 +167,14 @@ def masked_reference(case: Case, halo: torch.Tensor):
     return outputs + list(torch.autograd.grad(outputs, [q, k, v, sigma, scale], grads)), fraction
 
 
-@TYPES
-@pytest.mark.parametrize("sizes", [(64, 64, 64), (128, 64, 32), (32, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [((64, 64, 64), F16), ((128, 64, 32), F32), ((128, 32, 64), F16)], ids=str
+)
 def test_any_plan(sizes, dtype, monkeypatch):
     """Whatever halos a plan gives, forward and backward visit the same pairs."""
-    case = on_device(draw((1, 2, 19, 37, 16), dtype, sigma=3.0, seed=7))
+    case = on_device(draw((1, 1, 18, 20, 16), dtype, sigma=3.0, seed=7))
     generator = torch.Generator().manual_seed(0)
-    halo = (torch.randint(0, 4, (1, 2, 9), generator=generator) * 8).int().to(DEVICE)
+    halo = (torch.randint(0, 3, (1, 1, 6), generator=generator) * 8).int().to(DEVICE)
     monkeypatch.setattr(cross_frame, "plan", lambda *args: halo)
     exact, fraction = masked_reference(case, halo)
     eager = run(case, "reference")
@@ -188,9 +194,9 @@ def test_any_plan(sizes, dtype, monkeypatch):
         assert_as_accurate(name, x, y, z, dtype, terms=terms.get(name))
 
 
-@pytest.mark.parametrize("radius", [0, 8, 16])
-def test_fixed_radius(radius, blocks):
-    case = on_device(draw((1, 1, 17, 40, 16), seed=8))
+@pytest.mark.parametrize("radius", [0, 8])
+def test_fixed_radius(radius):
+    case = on_device(draw((1, 1, 17, 33, 16), seed=8))
     with ExitStack() as stack:
         pin(stack, "cross_frame_forward", 128, 64)
         result = cross_frame.forward(
@@ -206,27 +212,30 @@ def test_fixed_radius(radius, blocks):
     assert visited.item() == pytest.approx(fraction.item(), abs=1e-6) and visited < 1
 
 
-@FORMS
-@pytest.mark.parametrize("eta", [0.5, 1e-3])
 @pytest.mark.parametrize(
-    "name", ["cluster-20.0", "row-cluster-5.0", "random-x1", "random-x100", "uniform-1.0"]
+    ("name", "eta", "gaussian"),
+    [
+        ("cluster-20.0", 0.5, "bias"),
+        ("row-cluster-5.0", 1e-3, "bias"),
+        ("uniform-1.0", 0.5, "bias"),
+        ("random-x1", 1e-3, "gate"),
+        ("random-x100", 1e-3, "bias"),
+    ],
 )
 def test_certificate(name, eta, gaussian):
     """What is dropped changes o by at most eta (max|v| + |o|); see test_attention.py."""
     case = on_device(ADVERSARIES[name])
-    if gaussian == "gate" and name != "random-x1":
-        pytest.skip("one is enough: the gate form visits what the bias form does")
     options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
     exact = run(case, "reference", wide=True, **options)
     eager = run(case, "reference", **options)
     with ExitStack() as stack:
         for kernel in KERNELS[:2]:
             pin(stack, kernel, 128, 64)
-        actual = run(case, "triton", tolerance=eta, **options)
-        q, k, v, sigma, scale = case[:5]
-        visited = cross_frame_attention(
-            q, k, v, sigma, scale=scale, tolerance=eta, backend="triton", return_visited=True
-        )[1]
+        result = cross_frame.forward(
+            *case[:5], gaussian=gaussian, offsets=True, tolerance=eta, first_row=0
+        )
+    actual = result[:3]
+    visited = cross_frame.visited_fraction(result, case.q, case.k, 0).item()
     assert visited == 1 if name == "random-x100" else visited < 1
     size = max(case.q.shape[1:3])
     promised = [eta * (case.v.abs().max() + actual[0].abs()), eta * (size + actual[1].abs()), eta]
@@ -235,7 +244,7 @@ def test_certificate(name, eta, gaussian):
         assert_as_accurate(label, x, y, z, F32, promised=most)
 
 
-@TYPES
+@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
 def test_the_plan_is_as_tight_as_the_other_backend(dtype):
     """No looser than twice the pairs that the PyTorch path visits, at logits of a trained model."""
     case = on_device(draw((1, 1, 56, 72, 16), dtype, sigma=1.5, seed=9))
@@ -260,10 +269,10 @@ def test_the_plan_is_as_tight_as_the_other_backend(dtype):
 # --- the rest
 
 
-@TYPES
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @FORMS
 def test_equal_inputs_give_equal_bits(gaussian, dtype, blocks):
-    case = on_device(draw((1, 2, 9, 17, 16), dtype, seed=10))
+    case = on_device(draw((1, 2, 9, 15, 16), dtype, seed=10))
     first = run(case, "triton", gaussian=gaussian)
     for _ in range(1 if INTERPRETED else 100):
         for name, x, y in zip(NAMES, first, run(case, "triton", gaussian=gaussian), strict=True):
@@ -281,18 +290,16 @@ def test_operator(offsets, gaussian):
 
 
 def test_far_addresses():
-    """Two clips whose elements lie more than 2^31 apart."""
-    D, pixels = 64, (1 << 25) + 128  # 2^31 elements and a bit in a clip
-    shape = (2, pixels, D)
-    try:
-        huge = torch.empty_strided(shape, (pixels * D, D, 1), dtype=F16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip("not enough memory")
+    """Two clips whose keys lie more than 2^31 elements apart, as at 540 x 960 with D = 128."""
+    D, pixels = 64, (1 << 25) + 128
+    torch.utils.deterministic.fill_uninitialized_memory = False  # most of it is never touched
+    huge = torch.empty((pixels + 128) * D, dtype=F16, device=DEVICE)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 128, D, generator=generator).half().to(DEVICE)
-    huge[:, :128] = values
-    q = values[1:2, :, :] * 0.2
-    q = torch.cat([q, q]).contiguous()
+    huge[: 128 * D] = values[0].flatten()
+    huge[pixels * D :] = values[1].flatten()
+    q = (values[1:] * 0.2).repeat(2, 1, 1)
     c = torch.zeros((), device=DEVICE)
     frames = cross_frame._Frames(2, 1, D, 8, 8, 16, 0)
     config = {"BLOCK_M": 128, "BLOCK_N": 128}
