@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/test_cross_frame_kernel.py", "tests/test_memory_kernel.py")
 SIZES = ((64, 112), (144, 180), (270, 480))
 FRAMES, CHANNELS, SIGMA, TOLERANCE = 7, 64, 4.0, 1e-3
+DEVICE, DTYPE = "cuda", torch.bfloat16
 TILE_Y, TILE_X = 8, 16  # of FlexAttention's blocks, 128 pixels
 COLUMNS = 16  # that carry the Gaussian through SDPA
 SHARES = 0.35, 0.65  # of the time, at which testing and tuning must have ended
@@ -253,8 +254,8 @@ def measure(run: Callable[[], Any]) -> dict[str, float]:
     run()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    times = do_bench(run, warmup=50, rep=200, return_mode="all")
-    p20, ms, p80 = (float(x) for x in np.percentile(times, [20, 50, 80]))
+    times = np.array(do_bench(run, warmup=50, rep=200, return_mode="all"))
+    p20, ms, p80 = np.percentile(times, [20, 50, 80]).tolist()
     return {"ms": ms, "p20": p20, "p80": p80, "peak_mib": peak}
 
 
@@ -301,10 +302,13 @@ def compare(height: int, width: int, deadline: float) -> list[dict[str, Any]]:
     """Rows of the operation table for one size."""
     from mana_triton.kernels import cross_frame
 
-    inputs = operands(height, width, torch.bfloat16, "cuda", FRAMES)
+    inputs = operands(height, width, DTYPE, DEVICE, FRAMES)
     q, k, v, sigma, scale = inputs
     with torch.no_grad():
-        result = cross_frame.forward(q, k, v, sigma, scale, tolerance=TOLERANCE)
+        result = cross_frame.forward(
+            q, k, v, sigma, scale,
+            gaussian="bias", offsets=False, tolerance=TOLERANCE, first_row=0,
+        )  # fmt: skip
         visited = float(cross_frame.visited_fraction(result, q, k, 0))
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = block_mask(result.halo, height, width)

@@ -213,9 +213,9 @@ def measure(case: Case, device: torch.device) -> tuple[float, float, float]:
             with torch.no_grad():
                 return problem.run(*problem.inputs)
 
-    times = triton.testing.do_bench(run, warmup=25, rep=100, return_mode="all")
-    low, ms, high = np.percentile(times, [20, 50, 80])
-    return float(ms), float(low), float(high)
+    times = np.array(triton.testing.do_bench(run, warmup=25, rep=100, return_mode="all"))
+    low, ms, high = np.percentile(times, [20, 50, 80]).tolist()
+    return ms, low, high
 
 
 def tune(

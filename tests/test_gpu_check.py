@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -92,10 +93,11 @@ def test_extra_columns_carry_the_gaussian_in_half_precision():
     k, sigma = torch.zeros(1, 1, height, width, 64, dtype=BF16), torch.tensor(4.3)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(BF16)
     scale = torch.tensor(1.0)
-    exact = reference.cross_frame_attention(*(x.double() for x in (q, k, v, sigma, scale))).o
-    eager = reference.cross_frame_attention(
-        *(x.float() for x in (q, k)), v.float(), sigma, scale
-    ).o.to(BF16)
+    exact = reference.cross_frame_attention(
+        q.double(), k.double(), v.double(), sigma.double(), scale.double()
+    ).o
+    eager = reference.cross_frame_attention(q.float(), k.float(), v.float(), sigma, scale).o
+    eager = eager.to(BF16)
     actual = gpu_check.augmented_sdpa(q, k, v, sigma, scale)
     assert_as_accurate("o", actual, eager, exact, BF16)
 
@@ -119,6 +121,41 @@ def test_relative_error_is_that_of_the_function():
     assert gpu_check.relative_error(gpu_check.eager, inputs) < 1e-6
     off = gpu_check.relative_error(lambda *x: 1.25 * gpu_check.eager(*x), inputs)
     assert off == pytest.approx(0.25, abs=1e-6)
+
+
+COMPARE = """
+import json, sys
+import torch
+sys.path.insert(0, "eval")
+import gpu_check
+
+def measure(run):
+    run()
+    return {"ms": 1.0, "p20": 1.0, "p80": 1.0, "peak_mib": 0.0}
+
+gpu_check.DEVICE, gpu_check.DTYPE, gpu_check.FRAMES = "cpu", torch.float16, 1
+gpu_check.measure = measure
+torch.cuda.mem_get_info = lambda: (1 << 30, 1 << 30)
+torch.compile = lambda function, **_: function
+print(json.dumps(gpu_check.compare(5, 17, float("inf"))))
+"""
+
+
+def test_comparison_in_the_interpreter():
+    """The whole table for a small frame, but for the times: ours and the peers do run."""
+    command = [sys.executable, "-W", "ignore", "-c", COMPARE]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    rows = {row["what"]: row for row in json.loads(result.stdout.splitlines()[-1])}
+    for name in ("ours, bias", "SDPA, extra columns", "SDPA, mask", "dense eager"):
+        assert rows[name]["relative_error"] < 5e-3, rows[name]
+    assert 0 < rows["ours, bias"]["visited"] <= 1
+    assert rows["ours, gate"]["both"]["ms"] == 1.0
+    for name in ("FlexAttention, dense", "FlexAttention, same tiles"):
+        assert "does not support backward on CPU" in rows[name]["left_out"]
 
 
 # --- the output

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -156,8 +157,9 @@ class Machine:
     """Compiles and measures: time falls with BLOCK_N, and some configurations do not work."""
 
     def __init__(self):
-        self.measured, self.compiled = [], 0
-        self.wrong_block = None
+        self.measured: list[tuple[tune.Case, dict]] = []
+        self.compiled = 0
+        self.wrong_block: int | None = None
 
     def compile_all(self, requests):
         self.compiled += len(requests)
@@ -169,7 +171,9 @@ class Machine:
                 yield {request.kernel: compiled(**changes)}
 
     def config(self, case):
-        return tuning.launch_config(*case, DEVICE)
+        return tuning.launch_config(
+            case.kernel, case.d, case.dtype, case.height, case.width, DEVICE
+        )
 
     def wrong(self, case, device):
         return "wrong by 1" if self.config(case)["BLOCK_N"] == self.wrong_block else ""
@@ -285,6 +289,42 @@ def test_candidates_begin_with_the_default_and_are_distinct():
         assert len({str(x) for x in found}) == len(found) > 5
         specialized = any(x["WARP_SPECIALIZE"] for x in found)
         assert specialized == (kernel == "cross_frame_forward" and arch == "sm_90")
+
+
+STEPS = """
+import math, sys
+import torch, triton
+from mana_triton.kernels import reference, tune, tuning
+
+tune.CHECK, tune.FRAMES, tune.ENTRIES = (5, 17), 1, 70
+runs = []
+triton.testing.do_bench = lambda run, **_: [runs.append(run()) or 3.0, 1.0, 2.0]
+for kernel in tuning.KERNELS:
+    case = tune.Case(kernel, 16, torch.float16, 8, 16)
+    config = {**tuning.default_config(kernel, "cpu", 16, torch.float16), "BLOCK_M": 32}
+    with tuning.pinned(kernel, config):
+        assert not tune.wrong(case, "cpu"), tune.wrong(case, "cpu")
+        assert tune.measure(case, "cpu") == (2.0, 1.4, 2.6)
+    result = runs.pop()
+    assert len(result if isinstance(result, tuple) else [result]) == (
+        1 if not tune.is_backward(kernel) else 2 if kernel.startswith("memory") else 3
+    )
+for name in ("memory_attention", "cross_frame_attention"):
+    whole = getattr(reference, name)
+    setattr(reference, name, lambda q, *x, f=whole, **options: f(q * 1.02, *x, **options))
+for kernel in ("memory_backward", "cross_frame_forward"):
+    assert tune.wrong(tune.Case(kernel, 16, torch.float16, 8, 16), "cpu").startswith("wrong by")
+"""
+
+
+def test_checks_and_measures_the_operations_themselves():
+    """In the interpreter: each kernel's operation is right, and one that is off is seen."""
+    command = [sys.executable, "-c", STEPS]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 # --- the command
