@@ -161,10 +161,10 @@ def _key_window(halo, top, left, height, width, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _exact_bias(query_y, query_x, key_y, key_x, c, height, width):
-    """The Gaussian's logits from coordinates, and which keys are in the frame; both broadcast."""
+def _square_distance(query_y, query_x, key_y, key_x):
+    """Of pixels, by coordinates that broadcast."""
     dy, dx = (query_y - key_y).to(tl.float32), (query_x - key_x).to(tl.float32)
-    return -c * (dy * dy + dx * dx), (key_y < height) & (key_x < width)
+    return dy * dy + dx * dx
 
 
 # --- forward
@@ -236,11 +236,11 @@ def _forward_kernel(
             key_columns = load_rows(key_table_ptr, key_block * BLOCK_N, BLOCK_N, COLUMNS)
         s = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
         if EXACT:
-            bias, inside = _exact_bias(
-                (first_row + y)[:, None], x[:, None], (key_y + b)[None, :], (key_x + a)[None, :],
-                c, height, width,
-            )  # fmt: skip
-            s = tl.where(inside, s + bias, -BEYOND * BEYOND)
+            distance = _square_distance(
+                (first_row + y)[:, None], x[:, None], (key_y + b)[None, :], (key_x + a)[None, :]
+            )
+            inside = (key_y + b < height) & (key_x + a < width)
+            s = tl.where(inside[None, :], s - c * distance, -BEYOND * BEYOND)
         else:
             if WARP_SPECIALIZE:
                 query_columns = query_desc.load([cell * BLOCK_M, 0])
@@ -345,7 +345,7 @@ def _dq_kernel(
     c_ptr,  # []
     halo_ptr,  # [B, T, query tiles]
     dq_ptr,  # [B, h, W, D] float32, of the scaled q in natural units
-    dlogit_ptr,  # [B, query blocks], sum of dS times the Gaussian's logit, base 2
+    moment_ptr,  # [B, query blocks], sum of dS |p_i - p_j|^2
     T, rows, height, width, first_row, tiles_x, q_pixels, k_pixels, zero_y, zero_x, cells_x,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSETS: tl.constexpr,
     EXACT: tl.constexpr, PLAIN: tl.constexpr,
@@ -360,8 +360,10 @@ def _dq_kernel(
     c = tl.load(c_ptr)
     q = load_rows(q_ptr, clip.to(tl.int64) * q_pixels + block * BLOCK_M, BLOCK_M, D)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    dlogit = tl.zeros([BLOCK_M, COLUMNS], tl.float32)  # by column of the Gaussian's product
-    dlogit_exact = tl.zeros([BLOCK_M], tl.float32)
+    moment = tl.zeros([BLOCK_M, COLUMNS], tl.float32)  # by column of the Gaussian's product
+    moment_exact = tl.zeros([BLOCK_M], tl.float32)
+    here = tl.arange(0, COLUMNS)[None, :]
+    counted = (here < 12) & (here % 3 == 0)  # one of each three
     for frame in range(0, T):
         image = (clip * T + frame).to(tl.int64)
         first_query = image * q_pixels + block * BLOCK_M
@@ -386,11 +388,11 @@ def _dq_kernel(
             key_columns = load_rows(key_table_ptr, key_block * BLOCK_N, BLOCK_N, COLUMNS)
             s = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
             if EXACT:
-                bias, inside = _exact_bias(
-                    (first_row + y)[:, None], x[:, None],
-                    (key_y + b)[None, :], (key_x + a)[None, :], c, height, width,
-                )  # fmt: skip
-                s = tl.where(inside, s + bias, -BEYOND * BEYOND)
+                distance = _square_distance(
+                    (first_row + y)[:, None], x[:, None], (key_y + b)[None, :], (key_x + a)[None, :]
+                )
+                inside = (key_y + b < height) & (key_x + a < width)
+                s = tl.where(inside[None, :], s - c * distance, -BEYOND * BEYOND)
             else:
                 if PLAIN:
                     cell = 0
@@ -401,10 +403,12 @@ def _dq_kernel(
                 )
                 s = tl.dot(query_columns, key_columns.T, s)
             p = tl.exp2(s - lse[:, None])
+            # from the block's center to the query
+            r = first_row + y - key_y - (block_height(BLOCK_N) - 1) / 2
+            e = x - key_x - (block_width(BLOCK_N) - 1) / 2
             mean = delta
             if OFFSETS:
-                mean -= dy * (key_y + (block_height(BLOCK_N) - 1) / 2 - first_row - y)
-                mean -= dx * (key_x + (block_width(BLOCK_N) - 1) / 2 - x)
+                mean += dy * r + dx * e
             if PLAIN:
                 ds = (p * -mean[:, None]).to(dtype)
             else:
@@ -416,13 +420,17 @@ def _dq_kernel(
             dq = tl.dot(ds, k, dq, input_precision="ieee")
             if not PLAIN:
                 if EXACT:
-                    dlogit_exact += tl.sum(ds * bias, axis=1)
+                    moment_exact += tl.sum(ds * distance, axis=1)
                 else:
-                    dlogit += tl.dot(ds, key_columns) * query_columns
+                    # |p_i - p_j|^2 by column; every factor is exact in float32
+                    factor = tl.where(here == 0, -2 * e[:, None], -2 * r[:, None])
+                    factor = tl.where(here == 9, (r * r + e * e)[:, None], factor)
+                    factor = tl.where(here == 6, 1.0, factor)
+                    moment += tl.dot(ds, key_columns) * tl.where(counted, factor, 0.0)
     store_pixels(dq_ptr, dq, clip.to(tl.int64), y, x, rows, width, D)
     if not PLAIN:
-        total = tl.sum(dlogit_exact, axis=0) + tl.sum(tl.sum(dlogit, axis=1), axis=0)
-        tl.store(dlogit_ptr + clip * tl.num_programs(0) + block, total)
+        total = tl.sum(moment_exact, axis=0) + tl.sum(tl.sum(moment, axis=1), axis=0)
+        tl.store(moment_ptr + clip * tl.num_programs(0) + block, total)
 
 
 @triton.jit
@@ -489,11 +497,11 @@ def _dkv_kernel(
         lse = tl.where(gap <= halo, lse, float("inf"))
         s = tl.dot(k, q.T, input_precision="ieee")  # [N, M]
         if EXACT:
-            bias, inside = _exact_bias(
-                (first_row + y)[None, :], x[None, :], (top + b)[:, None], (left + a)[:, None],
-                c, height, width,
-            )  # fmt: skip
-            s = tl.where(inside, s + bias, -BEYOND * BEYOND)
+            distance = _square_distance(
+                (first_row + y)[None, :], x[None, :], (top + b)[:, None], (left + a)[:, None]
+            )
+            inside = (top + b < height) & (left + a < width)
+            s = tl.where(inside[:, None], s - c * distance, -BEYOND * BEYOND)
         else:
             if PLAIN:
                 cell = 0
@@ -615,7 +623,8 @@ def _plan_kernel(
     spread = tl.max(spread, axis=0)
     ring = tl.arange(0, RINGS)
     nearest = tl.maximum(8.0 * ring - 7, 0)
-    mass = tl.exp2(spread - c * nearest * nearest) * 64 * (8.0 * ring + 4)
+    # 2^100 is too much in any case, and finite
+    mass = tl.exp2(tl.minimum(spread - c * nearest * nearest, 100)) * 64 * (8.0 * ring + 4)
     rings = _rings_to_keep(mass, eta / 2, RINGS)
 
     # key tile by key tile within: the other half
@@ -643,7 +652,8 @@ def _plan_kernel(
         gap = tl.maximum(gap, tl.maximum(tile_x * 8 - left - 15, left - tile_x * 8 - 7))
         its_ring = tl.where(present, (tl.maximum(gap, 0) + 7) // 8, RINGS)
         here = its_ring[:, None] == ring[None, :]
-        mass += tl.sum(tl.where(here, tl.exp2(worst)[:, None] * 64, 0.0), axis=0)
+        its_mass = tl.exp2(tl.minimum(worst, 100)) * 64
+        mass += tl.sum(tl.where(here, its_mass[:, None], 0.0), axis=0)
     rings = tl.minimum(rings, _rings_to_keep(mass, eta / 2, RINGS))
     tl.store(halo_ptr + image * (q_pixels // 128) + tile, rings * 8)
 
@@ -987,7 +997,7 @@ def backward(
         *_rows(lse, delta),
     )  # fmt: skip
     halo = result.halo
-    dq, dlogit = _launch_dq(operands, c, halo, frames, offsets)
+    dq, moment = _launch_dq(operands, c, halo, frames, offsets)
     wide = torch.float32 if gaussian == "gate" else k.dtype  # two shares are to be added
     dk, dv = _launch_dkv(operands, c, halo, _reach(halo, frames), frames, offsets, wide)
     if gaussian == "gate":
@@ -999,7 +1009,7 @@ def backward(
         dq += _launch_dq(operands, None, halo, frames, False)[0]
         dk += _launch_dkv(operands, None, halo, reach, frames, False, wide)[0]
     dscale = (dq * q).sum()
-    dsigma = dlogit.sum() * (-2 * LN_2.value) / sigma
+    dsigma = moment.sum() / sigma**3
     return Gradients((dq * scale).to(q.dtype), dk.to(k.dtype), dv, dsigma, dscale)
 
 
@@ -1036,21 +1046,21 @@ def _launch_dq(
     frames: _Frames,
     offsets: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of s q and the sum of dS times the Gaussian's logit; c None is the plain softmax."""
+    """Gradient of s q and the sums of dS |p_i - p_j|^2; c None is the plain softmax."""
     k = operands.k
     config = _chosen("cross_frame_dq", frames, k)
     tables = _Tables.build(frames, c, k, config)
     blocks = frames.q_pixels // config["BLOCK_M"]
     shape = (frames.B, frames.rows, frames.width, frames.D)
     dq = k.new_empty(shape, dtype=torch.float32)
-    dlogit = k.new_empty(frames.B, blocks, dtype=torch.float32)
+    moment = k.new_empty(frames.B, blocks, dtype=torch.float32)
     _dq_kernel[(blocks, frames.B)](
         *operands, tables.query, tables.key, _no_gaussian(k) if c is None else c,
-        halo, dq, dlogit, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
+        halo, dq, moment, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
         *tables[2:5], **_constants(frames, k, OFFSETS=offsets, PLAIN=c is None),
         **_ordinary(config),
     )  # fmt: skip
-    return dq, dlogit
+    return dq, moment
 
 
 def _launch_dkv(
@@ -1086,7 +1096,7 @@ _POINTERS = {  # of another type than q, k and v
     "delta_ptr": "fp32",
     "displacement_ptr": "fp32",
     "dq_ptr": "fp32",
-    "dlogit_ptr": "fp32",
+    "moment_ptr": "fp32",
     "halo_ptr": "i32",
     "reach_ptr": "i32",
 }

@@ -167,8 +167,9 @@ def _attend(
     if backend == "triton":
         from .kernels import cross_frame
 
-        result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
-        visited = cross_frame.visited_fraction(result, q, k, first_row) if count else None
+        with torch.cuda.device_of(q):
+            result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
+            visited = cross_frame.visited_fraction(result, q, k, first_row) if count else None
         return *result[:3], _visited(visited, q), *result[3:]
     attend, options = _in_pytorch(backend, options, tolerance)
     o, displacement, lse, visited = attend(q, k, v, sigma, scale, **options)
@@ -239,7 +240,8 @@ def _attend_backward(
         from .kernels import cross_frame
 
         result = cross_frame.Result(o, displacement, lse, lse_bias, plan)
-        return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
+        with torch.cuda.device_of(q):
+            return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
     attend, options = _in_pytorch(backend, options, tolerance)
 
     def differentiate() -> tuple[Tensor, ...]:
