@@ -16,6 +16,7 @@ results go to eval/results/<gpu>.json; the last line of stdout is the same as on
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -273,10 +274,13 @@ def run_tests(seconds: float) -> dict[str, Any]:
     """The GPU tests of the kernels, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
     command += ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+    # deterministic algorithms, which the tests poison memory with, ask cuBLAS for this
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     try:
         result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
-        )
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds,
+            check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"passed": False, "summary": f"not done after {seconds:.0f} s"}
     lines = result.stdout.strip().splitlines() or result.stderr.strip().splitlines() or [""]
