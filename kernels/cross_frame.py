@@ -50,6 +50,7 @@ from .tiles import (
     block_height,
     block_origin,
     block_pixels,
+    block_shape,
     block_width,
     load_rows,
     store_pixels,
@@ -772,13 +773,13 @@ class _Tables(NamedTuple):
         )
         if like.dtype == torch.float32:  # forms the Gaussian from the coordinates
             return cls(key, key, 0, 0, 0, 0)
-        step_y, step_x = (f(min(block_m, block_n)) for f in (block_height, block_width))
+        (height_m, width_m), (height_n, width_n) = block_shape(block_m), block_shape(block_n)
+        step_y, step_x = block_shape(min(block_m, block_n))
         rows, height = (tiles_in(n, 1)[0] * TILE for n in (frames.rows, frames.height))
         width = frames.tiles_x * TILE
-        zero_y = (rows - block_height(block_m)) // step_y
-        zero_x = (width - block_width(block_m)) // step_x
-        cells_x = zero_x + (width - block_width(block_n)) // step_x + 1
-        cells = (zero_y + (height - block_height(block_n)) // step_y + 1) * cells_x
+        zero_y, zero_x = (rows - height_m) // step_y, (width - width_m) // step_x
+        cells_x = zero_x + (width - width_n) // step_x + 1
+        cells = (zero_y + (height - height_n) // step_y + 1) * cells_x
         if c is None:
             c, cells = _no_gaussian(like), 1
         query = like.new_empty(cells, block_m, COLUMNS.value)

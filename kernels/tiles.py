@@ -44,6 +44,11 @@ def block_width(block: int) -> int:
     return max(block // TILE, TILE)
 
 
+def block_shape(block: int) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    return int(block_height(block)), int(block_width(block))
+
+
 @triton.jit
 def block_origin(block, tiles_x, BLOCK: tl.constexpr):
     """Row and column of the frame at which a block begins."""

@@ -7,6 +7,7 @@ the kernels are defined. It computes bfloat16 products wrongly, so those are for
 import math
 import random
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from oracle import assert_as_accurate
 from test_attention import ADVERSARIES, NAMES, Case, absolute_terms, draw, run
 from torch.library import opcheck
+from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
@@ -43,9 +45,22 @@ BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # the interpreter is slow
 def poisoned():
     """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def unchecked(request):
+    """Only one test needs every integer checked for overflow, a third of the interpreter's time."""
+    if not INTERPRETED or request.node.name == "test_far_addresses":
+        yield
+        return
+    builder = interpreter.interpreter_builder
+    options = builder.options
+    builder.options = replace(options, sanitize_overflow=False)
+    yield
+    builder.options = options
 
 
 @pytest.fixture
@@ -110,10 +125,14 @@ def test_large_logits(gaussian, dtype, blocks):
 def test_infinite_width_is_plain_attention(gaussian, dtype, blocks):
     case = on_device(draw((1, 2, 7, 18, 16), dtype, sigma=math.inf, seed=4))
     actual = cross_frame_attention(*case[:4], gaussian=gaussian, backend="triton")
-    q, k, v = (x.flatten(-3, -2) for x in (case.q[:, None].expand(case.k.shape), *case[1:3]))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    exact = attend(*(x.double() for x in (q, k, v))).unflatten(2, (7, 18))
-    assert_as_accurate("o", actual, attend(q, k, v).unflatten(2, (7, 18)), exact, dtype)
+
+    def plain(*tensors):
+        q, k, v = (x.flatten(-3, -2) for x in tensors)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).unflatten(2, (7, 18))
+
+    inputs = (case.q[:, None].expand(case.k.shape), case.k, case.v)
+    exact = plain(*(x.double() for x in inputs))
+    assert_as_accurate("o", actual, plain(*inputs), exact, dtype)
 
 
 @pytest.mark.parametrize(("bands", "gaussian"), [([8], "bias"), ([5, 9], "bias"), ([5], "gate")])
@@ -292,9 +311,8 @@ def test_operator(offsets, gaussian):
 def test_far_addresses():
     """Two clips whose keys lie more than 2^31 elements apart, as at 540 x 960 with D = 128."""
     D, pixels = 64, (1 << 25) + 128
-    torch.utils.deterministic.fill_uninitialized_memory = False  # most of it is never touched
+    torch.use_deterministic_algorithms(False)  # else 4 GiB would be filled; hardly any is touched
     huge = torch.empty((pixels + 128) * D, dtype=F16, device=DEVICE)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 128, D, generator=generator).half().to(DEVICE)
     huge[: 128 * D] = values[0].flatten()
@@ -307,11 +325,12 @@ def test_far_addresses():
     o = torch.empty(2, 1, 8, 16, D, dtype=F16, device=DEVICE)
     lse = torch.empty(2, 1, 8, 16, device=DEVICE)
     halo = torch.full((2, 1, 1), 16, dtype=torch.int32, device=DEVICE)
-    constants: dict[str, Any] = {"D": D, "OFFSETS": False, "EXACT": False}
-    cross_frame._forward_kernel[(1, 1, 2)](
+    constants: dict[str, Any] = {"D": D, "OFFSETS": False, "EXACT": False, "num_warps": 8}
+    kernel: Any = cross_frame._forward_kernel
+    kernel[(1, 1, 2)](
         q, huge, huge, tables.query, tables.key, c, halo, o, lse, lse,
         2, 1, 8, 8, 16, 0, 2, 128, pixels, *tables[2:], WARP_SPECIALIZE=False,
-        **constants, **config, num_warps=8,
+        **constants, **config,
     )  # fmt: skip
     p = torch.softmax(q.double() @ values.double().mT * math.log(2), -1)
     expected = cross_frame.to_tiles(o[:, 0])

@@ -70,12 +70,12 @@ class Attention(nn.Module):
 
     def __init__(self, backend: str, gaussian: str):
         super().__init__()
-        self.options = {"backend": backend, "gaussian": gaussian}
+        self.backend, self.gaussian = backend, gaussian
 
     def forward(self, q, k, v, sigma, scale):
         return cross_frame_attention(
             q, k, v, sigma, scale=scale, tolerance=1e-3, offsets=True, return_lse=True,
-            return_visited=True, **self.options,
+            return_visited=True, backend=self.backend, gaussian=self.gaussian,
         )  # fmt: skip
 
 
