@@ -1,9 +1,13 @@
 """The two attentions of MANA: argument checks and choice of backend."""
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -20,11 +24,38 @@ def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
     """The backend that will run and the reason; ValueError if it was asked for and cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend 'triton' is not available in this version; use 'tiled'")
+    if backend in ("tiled", "reference"):
+        return backend, "as asked"
+    refusal = _refusal_of_triton(device.type, device.index, backend == "triton")
     if backend == "auto":
-        return "tiled", f"no Triton kernel for {device.type}"
+        return ("tiled", f"no Triton kernel: {refusal}") if refusal else ("triton", "a GPU")
+    if refusal:
+        raise ValueError(
+            f"backend 'triton' is not available on {device}: {refusal}; use 'tiled' or 'auto'"
+        )
     return backend, "as asked"
+
+
+@torch.compiler.assume_constant_result
+def _refusal_of_triton(kind: str, index: int | None, interpreted: bool) -> str:
+    """Why the Triton kernels cannot run on a device, "" if they can.
+
+    Args:
+        kind, index: of the device.
+        interpreted: a CPU will do where Triton's interpreter was chosen for this process.
+    """
+    if kind not in ("cuda", "cpu") or (kind == "cpu" and not interpreted):
+        return f"they need an NVIDIA or AMD GPU, got {kind}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if kind == "cpu":
+        from triton import knobs
+
+        return "" if knobs.runtime.interpret else "they need an NVIDIA or AMD GPU, got cpu"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"they need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    return ""
 
 
 def cross_frame_attention(
@@ -78,11 +109,21 @@ def cross_frame_attention(
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
     sigma = _scalar("sigma", sigma, q)
-    if q.device.type == "cpu" and not sigma.item() > 0:
-        raise ValueError(f"sigma must be > 0 (infinity allowed), got {sigma.item()}")
     scale = _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
+    # a compiled graph cannot look at values, and a GPU would be waited for
+    look = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and not sigma.item() > 0:
+        raise ValueError(f"sigma must be > 0 (infinity allowed), got {sigma.item()}")
     name, _ = choose_backend(backend, q.device)
-    if name == "reference":
+    if name == "triton":
+        _check_triton(q)
+    if name == "triton" or (name == "tiled" and torch.compiler.is_compiling()):
+        result = _attend(
+            q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, name, return_visited
+        )[:4]
+        if return_visited and not torch.compiler.is_compiling():
+            result = (*result[:3], result[3].item())
+    elif name == "reference":
         from .kernels import reference
 
         result = reference.cross_frame_attention(
@@ -98,6 +139,144 @@ def cross_frame_attention(
     wanted = (True, offsets, return_lse, return_visited)
     outputs = [x for x, want in zip(result, wanted, strict=True) if want]
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+# --- the operator: what PyTorch's compiler and exporter see, one node with a gradient
+
+
+@torch.library.custom_op("mana::cross_frame_attention", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    gaussian: str,
+    offsets: bool,
+    tolerance: float,
+    first_row: int,
+    backend: str,
+    count: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`cross_frame_attention` on checked arguments: o, displacement, lse, visited, two for Triton.
+
+    The displacement is [0] without `offsets`, visited is not a number without `count`; the last
+    two are the log-sum-exp of the bias form ([0] but in the gate form) and the plan.
+    """
+    options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
+    if backend == "triton":
+        from .kernels import cross_frame
+
+        with torch.cuda.device_of(q):
+            result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
+            visited = cross_frame.visited_fraction(result, q, k, first_row) if count else None
+        return *result[:3], _visited(visited, q), *result[3:]
+    attend, options = _in_pytorch(backend, options, tolerance)
+    o, displacement, lse, visited = attend(q, k, v, sigma, scale, **options)
+    displacement = lse.new_empty(0) if displacement is None else displacement.to(sigma.dtype)
+    return (
+        o.contiguous(), displacement.contiguous(), lse.to(sigma.dtype).contiguous(),
+        _visited(visited, q), sigma.new_empty(0), q.new_empty(0, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def _visited(fraction: Tensor | float | None, like: Tensor) -> Tensor:
+    fraction = math.nan if fraction is None else fraction
+    return torch.as_tensor(fraction, dtype=torch.float64, device=like.device)
+
+
+def _in_pytorch(backend: str, options: dict, tolerance: float) -> tuple[Callable, dict]:
+    """The function of a backend that autograd differentiates, and its options."""
+    if backend == "reference":
+        from .kernels import reference
+
+        return reference.cross_frame_attention, options
+    from .kernels import tiled
+
+    return tiled.cross_frame_attention, {**options, "tolerance": tolerance}
+
+
+@_attend.register_fake
+def _(q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, backend, count):
+    b, rows, width, d = q.shape
+    shape = (b, k.shape[1], rows, width)
+    triton = backend == "triton"
+    tiles = (rows + 7) // 8 * ((width + 15) // 16)
+    return (
+        q.new_empty(*shape, d),
+        sigma.new_empty((*shape, 2) if offsets else (0,)),
+        sigma.new_empty(shape),
+        sigma.new_empty((), dtype=torch.float64),
+        sigma.new_empty(shape if triton and gaussian == "gate" else (0,)),
+        q.new_empty((b, k.shape[1], tiles) if triton else (0,), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("mana::cross_frame_attention_backward", mutates_args=())
+def _attend_backward(
+    do: Tensor,
+    dd: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    o: Tensor,
+    displacement: Tensor,
+    lse: Tensor,
+    lse_bias: Tensor,
+    plan: Tensor,
+    gaussian: str,
+    offsets: bool,
+    tolerance: float,
+    first_row: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, sigma and scale from those of o, displacement and lse."""
+    inputs = (q, k, v, sigma, scale)
+    options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
+    if backend == "triton":
+        from .kernels import cross_frame
+
+        result = cross_frame.Result(o, displacement, lse, lse_bias, plan)
+        with torch.cuda.device_of(q):
+            return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
+    attend, options = _in_pytorch(backend, options, tolerance)
+
+    def differentiate() -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = attend(*leaves, **options)[:3]
+        pairs = [(x, w) for x, w in zip(outputs, (do, dd, dlse), strict=True) if x is not None]
+        weights = [w.to(x.dtype) for x, w in pairs]
+        grads = torch.autograd.grad([x for x, _ in pairs], leaves, weights)
+        return tuple(x.contiguous() for x in grads)
+
+    # inside an operator nothing is recorded for autograd, on another thread it is
+    with ThreadPoolExecutor(1) as thread:
+        dq, dk, dv, dsigma, dscale = thread.submit(differentiate).result()
+    return dq, dk, dv, dsigma, dscale
+
+
+@_attend_backward.register_fake
+def _(do, dd, dlse, q, k, v, sigma, scale, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, sigma, scale))
+
+
+def _save(ctx, inputs, output):
+    *tensors, gaussian, offsets, tolerance, first_row, backend, _ = inputs
+    o, displacement, lse, visited, *rest = output
+    ctx.save_for_backward(*tensors, o, displacement, lse, *rest)
+    ctx.options = gaussian, offsets, tolerance, first_row, backend
+    ctx.mark_non_differentiable(visited, *rest)
+
+
+def _differentiate(ctx, *grads):
+    backward = torch.ops.mana.cross_frame_attention_backward
+    return *backward(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def memory_attention(
@@ -117,19 +296,40 @@ def memory_attention(
     Raises:
         ValueError: shapes, devices or types that do not fit.
     """
+    scale = _check_memory(q, memory, scale)
+    name, _ = choose_backend(backend, q.device)
+    if name == "triton":
+        from .kernels.memory import memory_attention as attend
+    elif name == "reference":
+        from .kernels.reference import memory_attention as attend
+    else:
+        from .kernels.tiled import memory_attention as attend
+    return attend(q, memory, scale)
+
+
+def memory_loss(
+    q: Tensor, memory: Tensor, *, scale: Tensor | float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Mean |y - q| [] of y = memory_attention(q, memory): how well the memory bank knows q.
+
+    The loss of training stage 2 (section 3.4); arguments and errors are `memory_attention`'s.
+    """
+    if choose_backend(backend, q.device)[0] != "triton":
+        return F.l1_loss(memory_attention(q, memory, scale=scale, backend=backend), q)
+    from .kernels.memory import memory_loss as attend
+
+    return attend(q, memory, _check_memory(q, memory, scale))
+
+
+def _check_memory(q: Tensor, memory: Tensor, scale: Tensor | float | None) -> Tensor:
+    """The scale as a tensor; ValueError if the operands of the memory bank do not fit."""
     if q.ndim != 4 or memory.ndim != 2 or memory.shape[0] != q.shape[-1]:
         raise ValueError(
             "q must be [B, H, W, D] and memory [D, N], "
             f"got {list(q.shape)} and {list(memory.shape)}"
         )
     _check_like("memory", memory, q)
-    scale = _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
-    name, _ = choose_backend(backend, q.device)
-    if name == "reference":
-        from .kernels.reference import memory_attention as attend
-    else:
-        from .kernels.tiled import memory_attention as attend
-    return attend(q, memory, scale)
+    return _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
 
 
 def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
@@ -152,6 +352,16 @@ def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
         raise ValueError(
             f"rows first_row .. first_row + h - 1 of q must lie in a frame of {k.shape[2]} rows, "
             f"got {first_row=} and h={rows}"
+        )
+
+
+def _check_triton(q: Tensor) -> None:
+    from .kernels.cross_frame import DTYPES, HEADS
+
+    if q.shape[-1] not in HEADS or q.dtype not in DTYPES:
+        raise ValueError(
+            f"backend 'triton' needs D in {', '.join(map(str, HEADS))} and float16, bfloat16 or "
+            f"float32, got D={q.shape[-1]} and {q.dtype}; use backend 'tiled'"
         )
 
 

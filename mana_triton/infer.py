@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
 from .model import SCALE
 from .stream import DTYPES, Upscaler, in_thread
@@ -59,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help_model = f"shipped weights ({shipped}) or a file (default: tiny)"
     add("-n", "--model", default="tiny", metavar="NAME|FILE", help=help_model)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--backend", default="auto", choices=BACKENDS, help="of the attention (default: auto)")
     add("--precision", default="auto", choices=("auto", *DTYPES))
     help_tile = "side of the decoder's tiles in input pixels, 0: whole frame (default: auto)"
     add("-t", "--tile", default="auto", type=_tile, metavar="TILE|auto|0", help=help_tile)
@@ -252,8 +254,9 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
     jobs = plan(args)
     try:
         upscaler = Upscaler(
-            args.model, device=args.device, precision=args.precision, tile=args.tile
-        )
+            args.model, device=args.device, precision=args.precision, tile=args.tile,
+            backend=args.backend,
+        )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")
     done, failed = [], []

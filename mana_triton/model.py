@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import GAUSSIANS, cross_frame_attention, memory_attention
+from .attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
 
 SCALE = 4
 MATCHES = ("dot", "cosine")
@@ -156,8 +156,7 @@ class MANA(nn.Module):
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
         q = self.queries(self.encode(center).f)
-        y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
-        return F.l1_loss(y, q)
+        return memory_loss(q, self.memory.to(q.dtype), backend=self.backend)
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""

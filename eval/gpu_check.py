@@ -1,0 +1,472 @@
+"""Everything that takes a GPU, in one command: tests, ceilings, tuning, the operation's speed.
+
+    python eval/gpu_check.py [--minutes 8]
+
+1. the kernels' GPU tests; 2. what this GPU reaches at best: copying, an 8192^3 bfloat16 product;
+3. an autotuning run at the main sizes, which writes kernels/tuned.json; 4. cross-frame attention
+(T = 7, D = 64, sigma = 4, bfloat16) against what one would use today, in the same process:
+dense eager, SDPA with a mask, SDPA with the Gaussian in extra columns, FlexAttention without and
+with a BlockMask of the very key tiles that ours visits. Times are medians with the 20th and 80th
+percentiles, of the forward pass and of forward + backward, ours with its choice of tiles.
+
+It runs from a bare checkout with torch, triton, einops, numpy, rich, pytest and safetensors. The
+results go to eval/results/<gpu>.json; the last line of stdout is the same as one JSON object.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from mana_triton import cross_frame_attention
+from mana_triton.kernels import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/test_cross_frame_kernel.py", "tests/test_memory_kernel.py")
+SIZES = ((64, 112), (144, 180), (270, 480))
+FRAMES, CHANNELS, SIGMA, TOLERANCE = 7, 64, 4.0, 1e-3
+DEVICE, DTYPE = "cuda", torch.bfloat16
+TILE_Y, TILE_X = 8, 16  # of FlexAttention's blocks, 128 pixels
+COLUMNS = 16  # that carry the Gaussian through SDPA
+SHARES = 0.35, 0.65  # of the time, at which testing and tuning must have ended
+
+
+# --- peers: each takes q [B, H, W, D], k and v [B, T, H, W, D], sigma and scale [], and gives o
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+    """The definition, dense."""
+    return reference.cross_frame_attention(q, k, v, sigma.to(q.dtype), scale.to(q.dtype)).o
+
+
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+    """Fused attention that adds a dense [HW, HW] mask."""
+    height, width = q.shape[1:3]
+    p = reference.pixel_coordinates(0, height, width, sigma)
+    mask = (p[:, None] - p[None]).square_().sum(-1).div(-2 * sigma * sigma).to(q.dtype)
+    return _sdpa((q * scale.to(q.dtype)).flatten(1, 2), k.flatten(2, 3), v.flatten(2, 3), mask, k)
+
+
+def augmented_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+    """Fused attention without a mask: the Gaussian is a product of 16 more columns.
+
+    With coordinates (y, x) from the center of the frame and c = 1 / (2 sigma^2), a logit is
+    s q.k + 2c y y' + 2c x x' - c (y'^2 + x'^2) up to a constant of its row. Every factor is cut
+    into parts that the type holds, and the products that matter become the columns.
+    """
+    height, width = q.shape[1:3]
+    center = torch.tensor([height - 1, width - 1], device=q.device) / 2
+    p = reference.pixel_coordinates(0, height, width, sigma) - center  # [HW, 2]
+    c = 1 / (2 * sigma * sigma)
+    pairs = []
+    for axis in range(2):
+        coefficient, place = _parts(2 * c * p[:, axis], q), _parts(p[:, axis], q)
+        pairs += [(coefficient[i], place[j]) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))]
+    coefficient, square = _parts((-c).expand(len(p)), q), _parts(p.square().sum(-1), q)
+    chosen = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
+    pairs += [(coefficient[i], square[j]) for i, j in chosen]
+    left, right = (torch.stack(side, -1) for side in zip(*pairs, strict=True))  # [HW, 16]
+
+    def widen(x: Tensor, columns: Tensor) -> Tensor:
+        return torch.cat([x, columns.expand(*x.shape[:-1], COLUMNS)], -1)
+
+    wide_q = widen((q * scale.to(q.dtype)).flatten(1, 2), left)
+    wide_v = F.pad(v.flatten(2, 3), (0, COLUMNS))
+    o = _sdpa(wide_q, widen(k.flatten(2, 3), right), wide_v, None, k)
+    return o[..., : q.shape[-1]]
+
+
+def _parts(x: Tensor, like: Tensor) -> list[Tensor]:
+    """Three numbers of the type of `like` that add up to x, the largest first."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(like.dtype))
+        x = x - parts[-1].to(x.dtype)
+    return parts
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+    """One query frame [B, HW, E] on k and v [B, T, HW, E], frames in the place of heads."""
+    q = q[:, None].expand(-1, k.shape[1], -1, -1)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return o.unflatten(2, like.shape[2:4])
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    attend: Callable = flex_attention,
+) -> Tensor:
+    """FlexAttention, dense: the Gaussian as score_mod on row-major pixels."""
+    width = q.shape[2]
+    # a captured scalar with a gradient fails in FlexAttention's backward pass, a vector does not
+    sigmas = sigma.expand(q.shape[0]).contiguous()
+
+    def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        dy, dx = i // width - j // width, i % width - j % width
+        return score - (dy * dy + dx * dx) / (2 * sigmas[b] * sigmas[b])
+
+    wide_q = (q * scale.to(q.dtype)).flatten(1, 2)[:, None].expand(-1, k.shape[1], -1, -1)
+    o = attend(wide_q.contiguous(), k.flatten(2, 3), v.flatten(2, 3), score_mod=gaussian, scale=1.0)
+    assert isinstance(o, Tensor)
+    return o.unflatten(2, k.shape[2:4])
+
+
+def flex_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    attend: Callable = flex_attention,
+    *,
+    mask: BlockMask,
+) -> Tensor:
+    """FlexAttention on pixels in tiles of 8 x 16, and only the tiles of a BlockMask."""
+    height, width = k.shape[2:4]
+    across = math.ceil(width / TILE_X)
+    sigmas = sigma.expand(q.shape[0]).contiguous()
+
+    def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        (y, x), (key_y, key_x) = _place(i, across), _place(j, across)
+        dy, dx = y - key_y, x - key_x
+        inside = (key_y < height) & (key_x < width)
+        biased = score - (dy * dy + dx * dx) / (2 * sigmas[b] * sigmas[b])
+        return torch.where(inside, biased, -float("inf"))
+
+    wide_q = _to_tiles(q * scale.to(q.dtype))[:, None].expand(-1, k.shape[1], -1, -1)
+    o = attend(
+        wide_q.contiguous(), _to_tiles(k), _to_tiles(v),
+        score_mod=gaussian, block_mask=mask, scale=1.0,
+    )  # fmt: skip
+    assert isinstance(o, Tensor)
+    o = o.unflatten(2, (-1, across, TILE_Y, TILE_X)).transpose(3, 4)
+    return o.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def _place(index: Tensor, across: int) -> tuple[Tensor, Tensor]:
+    """Row and column of a pixel in the order of the tiles."""
+    tile, pixel = index // (TILE_Y * TILE_X), index % (TILE_Y * TILE_X)
+    y = tile // across * TILE_Y + pixel // TILE_X
+    return y, tile % across * TILE_X + pixel % TILE_X
+
+
+def _to_tiles(x: Tensor) -> Tensor:
+    """[..., H, W, D] -> [..., pixels of whole tiles, D]."""
+    height, width = x.shape[-3:-1]
+    x = F.pad(x, (0, 0, 0, -width % TILE_X, 0, -height % TILE_Y))
+    x = x.unflatten(-2, (-1, TILE_X)).unflatten(-4, (-1, TILE_Y)).transpose(-4, -3)
+    return x.flatten(-5, -2)
+
+
+def block_mask(halo: Tensor, height: int, width: int) -> BlockMask:
+    """The key tiles within `halo` pixels of each query tile.
+
+    Args:
+        halo: [B, T, query tiles], integer.
+        height, width: of a frame.
+    """
+    down, across = math.ceil(height / TILE_Y), math.ceil(width / TILE_X)
+    tile = torch.arange(down * across, device=halo.device)
+    top, left = tile // across * TILE_Y, tile % across * TILE_X
+    halo = halo[..., None]
+
+    def near(start: Tensor, length: int) -> Tensor:
+        """Whether a key tile meets the window of a query tile: [B, T, query, key tiles]."""
+        begins = start[None, :] < start[:, None] + length + halo
+        return begins & (start[None, :] + length > start[:, None] - halo)
+
+    wanted = near(top, TILE_Y) & near(left, TILE_X)
+    indices = wanted.int().argsort(dim=-1, descending=True, stable=True).int()
+    counts = wanted.sum(-1).int()
+    # every pixel of the tiles counts: no mask within a block, as ours has none
+    nothing = torch.zeros_like(counts)
+    return BlockMask.from_kv_blocks(
+        nothing, torch.zeros_like(indices), counts, indices,
+        BLOCK_SIZE=TILE_Y * TILE_X, seq_lengths=(tile.numel() * 128, tile.numel() * 128),
+    )  # fmt: skip
+
+
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, gaussian: str = "bias"
+) -> Tensor:
+    """The Triton kernels."""
+    return cross_frame_attention(
+        q, k, v, sigma, scale=scale, tolerance=TOLERANCE, gaussian=gaussian, backend="triton"
+    )
+
+
+# --- measurement
+
+
+def operands(height: int, width: int, dtype: torch.dtype, device: str, frames: int) -> list[Tensor]:
+    """Random q, k, v of one clip, sigma and scale."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        x = torch.randn(1, *size, height, width, CHANNELS, generator=generator, device=device)
+        return x.to(dtype)
+
+    sigma, scale = torch.tensor([SIGMA, CHANNELS**-0.5], device=device)
+    return [normal(), normal(frames), normal(frames), sigma, scale]
+
+
+def relative_error(function: Callable, inputs: list[Tensor]) -> float:
+    """Error of the first frame's middle row, relative to its float64 value's root mean square."""
+    q, k, v, sigma, scale = inputs
+    row = q.shape[1] // 2
+    with torch.no_grad():
+        wide = q[:, row : row + 1].double(), k[:, :1].double(), v[:, :1].double()
+        exact = reference.cross_frame_attention(
+            *wide, sigma.double(), scale.double(), first_row=row
+        ).o
+        actual = function(*inputs)[:, :1, row : row + 1].double()
+    return float((actual - exact).norm() / exact.norm())
+
+
+def measure(run: Callable[[], Any]) -> dict[str, float]:
+    """Median and percentiles in ms, and the memory that a run takes beyond what is there."""
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    times = np.array(do_bench(run, warmup=50, rep=200, return_mode="all"))
+    p20, ms, p80 = np.percentile(times, [20, 50, 80]).tolist()
+    return {"ms": ms, "p20": p20, "p80": p80, "peak_mib": peak}
+
+
+def ceilings() -> dict[str, float]:
+    """What the GPU reaches: GB/s of a copy, TFLOP/s of an 8192^3 bfloat16 product."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source))["ms"]
+    a, b = torch.randn(2, 8192, 8192, device="cuda").to(torch.bfloat16)
+    product = measure(lambda: a @ b)["ms"]
+    return {"copy_gb_s": 2 * 2**30 / copy / 1e6, "matmul_tflop_s": 2 * 8192**3 / product / 1e9}
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """The GPU tests of the kernels, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
+    command += ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+    # deterministic algorithms, which the tests poison memory with, ask cuBLAS for this
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "summary": f"not done after {seconds:.0f} s"}
+    lines = result.stdout.strip().splitlines() or result.stderr.strip().splitlines() or [""]
+    passed = result.returncode == 0
+    return {"passed": passed, "summary": lines[-1], "output": "" if passed else result.stdout}
+
+
+def run_tuning(deadline: float) -> list[dict]:
+    """Tune every kernel at the main sizes; the entries that tuned.json now holds for them."""
+    from mana_triton.kernels import tune, tuning
+
+    cases = [
+        tune.Case(kernel, CHANNELS, torch.bfloat16, *size)
+        for size in SIZES
+        for kernel in tuning.KERNELS
+    ]
+    device = torch.device("cuda", torch.cuda.current_device())
+    with tune.compile_pool() as pool:
+        return tune.tune(cases, device, deadline, partial(tune.compile_all, pool))
+
+
+def compare(height: int, width: int, deadline: float) -> list[dict[str, Any]]:
+    """Rows of the operation table for one size."""
+    from mana_triton.kernels import cross_frame
+
+    inputs = operands(height, width, DTYPE, DEVICE, FRAMES)
+    q, k, v, sigma, scale = inputs
+    with torch.no_grad():
+        result = cross_frame.forward(
+            q, k, v, sigma, scale,
+            gaussian="bias", offsets=False, tolerance=TOLERANCE, first_row=0,
+        )  # fmt: skip
+        visited = float(cross_frame.visited_fraction(result, q, k, 0))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = block_mask(result.halo, height, width)
+    dense = FRAMES * (height * width) ** 2
+    # bytes of the [HW, HW] temporaries, forward and backward
+    contestants: dict[str, tuple[Callable, int]] = {
+        "ours, bias": (ours, 0),
+        "ours, gate": (partial(ours, gaussian="gate"), 0),
+        "FlexAttention, same tiles": (partial(flex_blocks, attend=compiled, mask=mask), 0),
+        "SDPA, extra columns": (augmented_sdpa, 0),
+        "SDPA, mask": (masked_sdpa, 20 * dense // FRAMES),
+        "FlexAttention, dense": (partial(flex, attend=compiled), 0),
+        "dense eager": (eager, 14 * dense),
+    }
+    rows = []
+    for name, (function, size) in contestants.items():
+        row: dict[str, Any] = {"what": name, "height": height, "width": width}
+        free = torch.cuda.mem_get_info()[0]
+        if time.monotonic() > deadline:
+            row["left_out"] = "no time left"
+        elif size > 0.8 * free:
+            row["left_out"] = f"needs {size / 2**30:.0f} GiB, {free / 2**30:.0f} free"
+        else:
+            row |= contest(name, function, inputs, visited)
+        torch.cuda.empty_cache()
+        rows.append(row)
+    return rows
+
+
+def contest(name: str, function: Callable, inputs: list[Tensor], visited: float) -> dict[str, Any]:
+    """The figures of one implementation; of a peer that fails, the reason."""
+    differentiable = inputs[:4]
+    upstream = torch.randn_like(inputs[1])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in differentiable]
+        return torch.autograd.grad(function(*leaves, inputs[4]), leaves, upstream)
+
+    try:
+        figures: dict[str, Any] = {"forward": measure(forward), "both": measure(both)}
+        if name != "ours, gate":
+            figures["relative_error"] = relative_error(function, inputs)
+    except RuntimeError as error:
+        if name.startswith("ours"):
+            raise
+        return {"left_out": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    figures["visited"] = visited if name in ("ours, bias", "FlexAttention, same tiles") else 1.0
+    return figures
+
+
+def tflop_s(row: dict[str, Any], passes: str) -> float:
+    """Visited pairs as matrix products: 4 D FLOP each forward, 14 D forward + backward.
+
+    Two products forward; five more backward, which is how FlashAttention counts.
+    """
+    pairs = row["visited"] * FRAMES * (row["height"] * row["width"]) ** 2
+    return (4 if passes == "forward" else 14) * CHANNELS * pairs / row[passes]["ms"] / 1e9
+
+
+# --- output
+
+
+def operation_table(rows: list[dict[str, Any]], note: str = "") -> Table:
+    """The table of the comparison; speedups are those of ours, bias, at the same size."""
+    table = Table(
+        "frame", "implementation", "forward ms", "x", "TFLOP/s", "forward + backward ms", "x",
+        "TFLOP/s", "extra MiB", "rel. error", "pairs",
+        title=f"T={FRAMES}, D={CHANNELS}, sigma={SIGMA:g}, bfloat16{note}",
+    )  # fmt: skip
+    for row in rows:
+        size = f"{row['height']}x{row['width']}"
+        if "left_out" in row:
+            table.add_row(size, row["what"], row["left_out"])
+            continue
+        first = next(
+            x for x in rows
+            if x["what"] == "ours, bias" and f"{x['height']}x{x['width']}" == size
+        )  # fmt: skip
+        cells = []
+        for passes in ("forward", "both"):
+            figures = row[passes]
+            times = figures["ms"] / first[passes]["ms"] if passes in first else math.nan
+            cells += [
+                f"{figures['ms']:.3g} ({figures['p20']:.3g}-{figures['p80']:.3g})",
+                "" if math.isnan(times) else f"{times:.2f}",
+                f"{tflop_s(row, passes):.0f}",
+            ]
+        error = row.get("relative_error")
+        table.add_row(
+            size, row["what"], *cells, f"{row['both']['peak_mib']:.0f}",
+            "" if error is None else f"{error:.1e}", f"{row['visited']:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def show(results: dict[str, Any]) -> None:
+    """All results, on stdout."""
+    console = Console(width=170)
+    console.print(f"{results['gpu']}: tests {results['tests']['summary']}", highlight=False)
+    if not results["tests"]["passed"]:
+        console.print(results["tests"].get("output", ""), highlight=False, markup=False)
+    best = results["ceilings"]
+    console.print(f"copy {best['copy_gb_s']:.0f} GB/s, matmul {best['matmul_tflop_s']:.0f} TFLOP/s")
+    note = "" if results["tests"]["passed"] else "; TESTS FAILED, these figures do not count"
+    console.print(operation_table(results["operation"], note))
+
+
+def write(results: dict[str, Any]) -> Path:
+    """Put the results where they are committed."""
+    name = re.sub(r"[^a-z0-9]+", "-", results["gpu"].lower()).strip("-")
+    path = ROOT / "eval" / "results" / f"{name}.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(results, indent=1) + "\n")
+    draft.replace(path)
+    return path
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: 8)")
+    args = parser.parse_args()
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be > 0, got {args.minutes}")
+    if not torch.cuda.is_available():
+        sys.exit("error: no GPU that PyTorch can use; what needs none is tested by pytest")
+    import triton
+
+    began, seconds = time.monotonic(), 60 * args.minutes
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "versions": {
+            "python": sys.version.split()[0], "torch": torch.__version__,
+            "triton": triton.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+        },
+        "tests": run_tests(SHARES[0] * seconds),
+        "ceilings": ceilings(),
+        "tuned": run_tuning(began + SHARES[1] * seconds),
+    }  # fmt: skip
+    results["operation"] = [row for size in SIZES for row in compare(*size, began + seconds)]
+    results["seconds"] = time.monotonic() - began
+    show(results)
+    print(f"written to {write(results)}")
+    print(json.dumps(results))
+    if not results["tests"]["passed"]:
+        sys.exit("error: GPU tests failed; see above")
+
+
+if __name__ == "__main__":
+    main()

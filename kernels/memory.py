@@ -1,0 +1,444 @@
+"""The memory bank of MANA (Yu et al., CVPR 2022, section 3.3), FlashAttention style.
+
+    p_in = softmax_n(s q_i . m_n)          N learned entries, the same for every pixel
+    y_i  = sum_n p_in m_n                  the entries are both the keys and the values
+
+Backward, with delta_i = do_i . y_i and dS_in = p_in (do_i . m_n - delta_i):
+
+    dq_i = s sum_n dS_in m_n     dm_n = sum_i p_in do_i + s sum_i dS_in q_i
+    ds   = sum_i q_i . sum_n dS_in m_n
+
+One launch forward, one backward: its first programs own a tile of pixels and give dq and a share
+of ds, the others own a tile of entries and a chunk of the pixels and give a share of dm. Shares
+are added afterwards in a fixed order, so that equal inputs give equal bits.
+
+The loss of training stage 2, mean |y - q|, has do = sign(y - q) g / (P D): the forward kernel
+keeps the sign instead of y, and delta, and the same backward kernel starts from them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale
+HEADS = (16, 32, 64, 128)  # supported D
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PROGRAMS = 256  # that share the pixels of dm, about two for each core of a large GPU
+
+
+@triton.jit
+def _load_pixels(ptr, rows, P, D: tl.constexpr):
+    """Rows of a [P, D] matrix; rows past the end read as zero."""
+    offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(ptr + offsets, mask=rows[:, None] < P, other=0.0)
+
+
+@triton.jit
+def _load_entries(m_ptr, cols, N, D: tl.constexpr, EVEN_N: tl.constexpr):
+    """Columns of the [D, N] memory; columns past the end read as zero."""
+    pointers = m_ptr + tl.arange(0, D)[:, None] * N + cols[None, :]
+    if EVEN_N:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=cols[None, :] < N, other=0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,  # [P, D]
+    m_ptr,  # [D, N]
+    scale_ptr,  # []
+    out_ptr,  # [P, D], y; of the loss sign(y - q)
+    lse_ptr,  # [P], base 2
+    delta_ptr,  # [P], loss only: sign(y - q) . y
+    loss_ptr,  # [programs], loss only: sum |y - q|
+    P,
+    N,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    LOSS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # one program per BLOCK_M pixels
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < P
+    q = _load_pixels(q_ptr, rows, P, D)  # [M, D]
+    scale = tl.load(scale_ptr)
+    # the sign goes to q, so that the largest logit is c times the largest product
+    signed_q = tl.where(scale < 0, -q, q)
+    c = tl.abs(scale) * LOG2_E
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        m = _load_entries(m_ptr, cols, N, D, EVEN_N)  # [D, N]
+        s = tl.dot(signed_q, m, input_precision=PRECISION)  # [M, N]
+        if not EVEN_N:
+            s = tl.where(cols[None, :] < N, s, LOW)
+        m_new = tl.maximum(m_i, tl.max(s, axis=1) * c)
+        p = tl.exp2(s * c - m_new[:, None])
+        if not EVEN_N:  # c may be zero
+            p = tl.where(cols[None, :] < N, p, 0.0)
+        rescale = tl.exp2(m_i - m_new)
+        l = l * rescale + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(m.dtype), m.T, acc * rescale[:, None], input_precision=PRECISION)
+        m_i = m_new
+    y = acc / l[:, None]
+    tl.store(lse_ptr + rows, m_i + tl.log2(l), mask=inside)
+    offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+    if LOSS:
+        # rows past the end have q = 0, but y is the mean entry there
+        error = tl.where(inside[:, None], y - q.to(tl.float32), 0.0)
+        sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0))
+        tl.store(out_ptr + offsets, sign.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(delta_ptr + rows, tl.sum(sign * y, axis=1), mask=inside)
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.abs(error)))
+    else:
+        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D: tl.constexpr, LOSS: tl.constexpr):
+    """Do [M, D] and delta [M] of some pixels; the loss's still without its factor."""
+    do = _load_pixels(do_ptr, rows, P, D)
+    if LOSS:
+        delta = tl.load(delta_ptr + rows, mask=rows < P, other=0.0)
+    else:
+        y = _load_pixels(y_ptr, rows, P, D)
+        delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
+    return do, delta
+
+
+@triton.jit
+def _dq_tile(
+    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, dscale_ptr, scale, factor, P, N,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    LOSS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of dq and its share of dscale."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _load_pixels(q_ptr, rows, P, D)  # [M, D]
+    do, delta = _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D, LOSS)
+    # past the end p = exp2(-inf) = 0
+    lse = tl.load(lse_ptr + rows, mask=rows < P, other=float("inf"))
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        m = _load_entries(m_ptr, cols, N, D, EVEN_N)  # [D, N]
+        s = tl.dot(q, m, input_precision=PRECISION)  # [M, N]
+        p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        if not EVEN_N:
+            p = tl.where(cols[None, :] < N, p, 0.0)
+        dp = tl.dot(do, m, input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(m.dtype), m.T, dq, input_precision=PRECISION)
+    dq *= factor
+    tl.store(dscale_ptr + tl.program_id(0), tl.sum(dq * q.to(tl.float32)))
+    dq *= scale
+    if LOSS:
+        dq -= do.to(tl.float32) * factor
+    offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=rows[:, None] < P)
+
+
+@triton.jit
+def _dm_tile(
+    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dm_ptr, scale, factor, P, N,
+    program, chunk_tiles,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    LOSS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The share of one chunk of pixels in the gradient of one tile of entries."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    chunk = (program // tiles).to(tl.int64)
+    cols = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = _load_entries(m_ptr, cols, N, D, EVEN_N).T  # [N, D]
+    dm = tl.zeros([BLOCK_N, D], tl.float32)
+    for tile in range(0, chunk_tiles):
+        rows = (chunk * chunk_tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        q = _load_pixels(q_ptr, rows, P, D)  # [M, D]
+        do, delta = _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D, LOSS)
+        lse = tl.load(lse_ptr + rows, mask=rows < P, other=float("inf"))
+        s = tl.dot(m, q.T, input_precision=PRECISION)  # [N, M]
+        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        dm = tl.dot(p.to(q.dtype), do, dm, input_precision=PRECISION)
+        dp = tl.dot(m, do.T, input_precision=PRECISION)
+        ds = p * (dp * scale - (delta * scale)[None, :])
+        dm = tl.dot(ds.to(q.dtype), q, dm, input_precision=PRECISION)
+    offsets = tl.arange(0, D)[None, :] * N + cols[:, None]
+    tl.store(dm_ptr + chunk * N * D + offsets, dm * factor, mask=cols[:, None] < N)
+
+
+@triton.jit
+def _backward_kernel(
+    q_ptr,  # [P, D]
+    m_ptr,  # [D, N]
+    scale_ptr,  # []
+    do_ptr,  # [P, D]; of the loss sign(y - q)
+    y_ptr,  # [P, D]; None for the loss
+    lse_ptr,  # [P], base 2
+    delta_ptr,  # [P], loss only
+    upstream_ptr,  # [], loss only: gradient of the loss
+    dq_ptr,  # [P, D]
+    dm_ptr,  # [chunks, D, N]
+    dscale_ptr,  # [pixel tiles]
+    P,
+    N,
+    pixel_tiles,
+    chunk_tiles,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    LOSS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # one program per BLOCK_M pixels, then one per BLOCK_N entries and chunk of pixels
+    scale = tl.load(scale_ptr)
+    factor = 1.0
+    if LOSS:
+        factor = tl.load(upstream_ptr) / (P * 1.0 * D)
+    program = tl.program_id(0)
+    if program < pixel_tiles:
+        _dq_tile(
+            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, dscale_ptr, scale, factor,
+            P, N, D, BLOCK_M, BLOCK_N, EVEN_N, LOSS, PRECISION,
+        )  # fmt: skip
+    else:
+        _dm_tile(
+            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dm_ptr, scale, factor, P, N,
+            program - pixel_tiles, chunk_tiles, D, BLOCK_M, BLOCK_N, EVEN_N, LOSS, PRECISION,
+        )  # fmt: skip
+
+
+def _options(config: dict, n: int, dtype: torch.dtype, loss: bool) -> dict:
+    """The constexprs of both kernels but D, and the launch options."""
+    # float32 in three tensor-core products; AMD's matrix units take it as it is
+    precision = "tf32x3" if dtype == torch.float32 and not torch.version.hip else "ieee"
+    blocks = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+    launch = {name: config[name] for name in ("num_warps", "num_stages")}
+    even = n % config["BLOCK_N"] == 0
+    return {**blocks, **launch, "EVEN_N": even, "LOSS": loss, "PRECISION": precision}
+
+
+def forward(
+    q: Tensor, memory: Tensor, scale: Tensor, config: dict, *, loss: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Launch the forward kernel.
+
+    Args:
+        q: [..., D] contiguous queries.
+        memory: [D, N] contiguous entries.
+        scale: [] float32, factor of the dot product.
+        config: launch configuration of "memory_forward".
+        loss: give what mean |y - q| and its gradient need.
+
+    Returns:
+        y [..., D] and lse [...] in base 2; of the loss sign(y - q) in the place of y, lse,
+        delta [...] and the sums of |y - q| over the tiles of pixels.
+    """
+    (d, n), pixels = memory.shape, q.shape[:-1]
+    tiles = triton.cdiv(pixels.numel(), config["BLOCK_M"])
+    out = torch.empty_like(q)
+    lse = q.new_empty(pixels, dtype=torch.float32)
+    delta = torch.empty_like(lse) if loss else None
+    sums = lse.new_empty(tiles) if loss else None
+    with torch.cuda.device_of(q):
+        _forward_kernel[(tiles,)](
+            q, memory, scale, out, lse, delta, sums, pixels.numel(), n,
+            D=d, **_options(config, n, q.dtype, loss),
+        )  # fmt: skip
+    return out, lse, delta, sums
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    memory: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    config: dict,
+    *,
+    y: Tensor | None = None,
+    delta: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel: dq [..., D], dmemory [D, N], dscale [].
+
+    Args:
+        do: [..., D] gradient of y; of the loss sign(y - q).
+        q, memory, scale, lse: see `forward`.
+        config: launch configuration of "memory_backward".
+        y: [..., D] output of the attention; None for the loss.
+        delta, upstream: of the loss, whose gradient is upstream [].
+    """
+    (d, n), pixels = memory.shape, lse.numel()
+    pixel_tiles = triton.cdiv(pixels, config["BLOCK_M"])
+    entry_tiles = triton.cdiv(n, config["BLOCK_N"])
+    chunk_tiles = triton.cdiv(pixel_tiles, triton.cdiv(PROGRAMS, entry_tiles))
+    chunks = triton.cdiv(pixel_tiles, chunk_tiles)
+    dq = torch.empty_like(q)
+    dm = lse.new_empty(chunks, d, n)
+    dscale = lse.new_empty(pixel_tiles)
+    with torch.cuda.device_of(q):
+        _backward_kernel[(pixel_tiles + chunks * entry_tiles,)](
+            q, memory, scale, do, y, lse, delta, upstream, dq, dm, dscale,
+            pixels, n, pixel_tiles, chunk_tiles,
+            D=d, **_options(config, n, q.dtype, y is None),
+        )  # fmt: skip
+    return dq, dm.sum(0).to(memory.dtype), dscale.sum()
+
+
+def compile_jobs(
+    d: int, dtype: torch.dtype, config: dict
+) -> dict[str, tuple[triton.JITFunction, dict[str, str], dict, list[str]]]:
+    """All that compiling the kernels takes: function, signature, constexprs, multiples of 16.
+
+    A name with a colon is a variant of the kernel before the colon, with its configuration.
+    """
+    float_type = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    typed = dict.fromkeys(("q_ptr", "m_ptr", "out_ptr", "do_ptr", "y_ptr", "dq_ptr"), float_type)
+    absent = {
+        "memory_forward": ("delta_ptr", "loss_ptr"),
+        "memory_forward:loss": (),
+        "memory_backward": ("delta_ptr", "upstream_ptr"),
+        "memory_backward:loss": ("y_ptr",),
+    }
+    jobs = {}
+    for name, missing in absent.items():
+        kernel = _forward_kernel if "forward" in name else _backward_kernel
+        options = _options(config, config["BLOCK_N"], dtype, name.endswith("loss"))
+        constexprs = {"D": d, **options, **dict.fromkeys(missing)}
+        constexprs = {key: constexprs[key] for key in kernel.arg_names if key in constexprs}
+        signature = {
+            key: typed.get(key, "*fp32" if key.endswith("_ptr") else "i32")
+            for key in kernel.arg_names
+            if key not in constexprs
+        }
+        divisible = [key for key in signature if key.endswith("_ptr") or key == "N"]
+        jobs[name] = kernel, signature, constexprs, divisible
+    return jobs
+
+
+def _check(q: Tensor, memory: Tensor) -> None:
+    if q.shape[-1] not in HEADS:
+        raise ValueError(
+            f"D must be one of {', '.join(map(str, HEADS))} for backend 'triton', "
+            f"got {q.shape[-1]}; use backend 'tiled'"
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"q must be float16, bfloat16 or float32 for backend 'triton', got {q.dtype}; "
+            "use backend 'tiled'"
+        )
+    if not memory.shape[1] or not q.numel():
+        raise ValueError(
+            "q and memory must not be empty for backend 'triton', "
+            f"got {list(q.shape)} and {list(memory.shape)}; use backend 'tiled'"
+        )
+
+
+def _config(kernel: str, q: Tensor) -> dict:
+    height, width, d = q.shape[1:]
+    return tuning.launch_config(kernel, d, q.dtype, height, width, q.device)
+
+
+@torch.library.custom_op("mana::memory_attention", mutates_args=())
+def _attention(q: Tensor, memory: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    q, memory = q.contiguous(), memory.contiguous()
+    return forward(q, memory, scale, _config("memory_forward", q))[:2]
+
+
+@_attention.register_fake
+def _(q, memory, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("mana::memory_attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, q: Tensor, memory: Tensor, scale: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, memory, y = (x.contiguous() for x in (do, q, memory, y))
+    return backward(do, q, memory, scale, lse, _config("memory_backward", q), y=y)
+
+
+@_attention_backward.register_fake
+def _(do, q, memory, scale, y, lse):
+    return q.new_empty(q.shape), memory.new_empty(memory.shape), torch.empty_like(scale)
+
+
+def _save_attention(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_attention(ctx, do, _):
+    return _attention_backward(do, *ctx.saved_tensors)
+
+
+_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+
+
+@torch.library.custom_op("mana::memory_loss", mutates_args=())
+def _loss(q: Tensor, memory: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, memory = q.contiguous(), memory.contiguous()
+    sign, lse, delta, sums = forward(q, memory, scale, _config("memory_forward", q), loss=True)
+    assert delta is not None and sums is not None
+    return sums.sum() / q.numel(), sign, lse, delta
+
+
+@_loss.register_fake
+def _(q, memory, scale):
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return lse.new_empty(()), q.new_empty(q.shape), lse, torch.empty_like(lse)
+
+
+@torch.library.custom_op("mana::memory_loss_backward", mutates_args=())
+def _loss_backward(
+    upstream: Tensor,
+    q: Tensor,
+    memory: Tensor,
+    scale: Tensor,
+    sign: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, memory = q.contiguous(), memory.contiguous()
+    config = _config("memory_backward", q)
+    return backward(sign, q, memory, scale, lse, config, delta=delta, upstream=upstream)
+
+
+@_loss_backward.register_fake
+def _(upstream, q, memory, scale, sign, lse, delta):
+    return q.new_empty(q.shape), memory.new_empty(memory.shape), torch.empty_like(scale)
+
+
+def _save_loss(ctx, inputs, output):
+    _, sign, lse, delta = output
+    ctx.save_for_backward(*inputs, sign, lse, delta)
+    ctx.mark_non_differentiable(sign, lse, delta)
+
+
+def _differentiate_loss(ctx, upstream, *_):
+    return _loss_backward(upstream, *ctx.saved_tensors)
+
+
+_loss.register_autograd(_differentiate_loss, setup_context=_save_loss)
+
+
+def memory_attention(q: Tensor, memory: Tensor, scale: Tensor) -> Tensor:
+    """`reference.memory_attention` in one launch: q [B, H, W, D], memory [D, N], scale []."""
+    _check(q, memory)
+    return _attention(q, memory, scale)[0]
+
+
+def memory_loss(q: Tensor, memory: Tensor, scale: Tensor) -> Tensor:
+    """Mean |y - q|, the loss of training stage 2, in float32: y = memory_attention(q, ...)."""
+    _check(q, memory)
+    return _loss(q, memory, scale)[0]
