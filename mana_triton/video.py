@@ -668,7 +668,7 @@ class VideoWriter(_Writer):
         # measured with x264: 1.5 bytes a pixel for each thread, 3.5 for each frame looked ahead
         room = _ENCODER_MEMORY / (self.width * self.height)
         threads = min((os.cpu_count() or 1) * 3 // 2 + 1, max(2, int(room / 2 / 1.5)))
-        depth = max(5 if name == "libx264" else 10, int((room - 1.5 * threads) / 3.5))
+        depth = max(2 if name == "libx264" else 10, int((room - 1.5 * threads) / 3.5))
         usual = _LOOKAHEAD.get(name, {}).get(options.get("preset", "medium"), 40)
         chosen = "rc-lookahead" in {*options, *re.findall(r"[\w-]+", params)}
         chosen = chosen or "zerolatency" in options.get("tune", "")
