@@ -28,7 +28,7 @@ def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
         return backend, "as asked"
     refusal = _refusal_of_triton(device.type, device.index, backend == "triton")
     if backend == "auto":
-        return ("tiled", f"no Triton kernel: {refusal}") if refusal else ("triton", "a GPU")
+        return ("tiled", f"not triton: {refusal}") if refusal else ("triton", "a GPU")
     if refusal:
         raise ValueError(
             f"backend 'triton' is not available on {device}: {refusal}; use 'tiled' or 'auto'"
@@ -45,16 +45,16 @@ def _refusal_of_triton(kind: str, index: int | None, interpreted: bool) -> str:
         interpreted: a CPU will do where Triton's interpreter was chosen for this process.
     """
     if kind not in ("cuda", "cpu") or (kind == "cpu" and not interpreted):
-        return f"they need an NVIDIA or AMD GPU, got {kind}"
+        return f"it needs an NVIDIA or AMD GPU, got {kind}"
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if kind == "cpu":
         from triton import knobs
 
-        return "" if knobs.runtime.interpret else "they need an NVIDIA or AMD GPU, got cpu"
+        return "" if knobs.runtime.interpret else "it needs an NVIDIA or AMD GPU, got cpu"
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
-        return f"they need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+        return f"it needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     return ""
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import ADVERSARIES, NAMES, Case, absolute_terms, draw, run
 from oracle import assert_as_accurate
-from test_attention import ADVERSARIES, NAMES, Case, absolute_terms, draw, run
 from torch.library import opcheck
 from triton.runtime import interpreter
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import draw
 from oracle import assert_as_accurate
-from test_attention import draw
 from torch import nn
 from torch.library import opcheck
 
@@ -154,7 +154,7 @@ def test_backends(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_triton_needs_a_gpu(device):
-    message = f"backend 'triton' is not available on {device}: they need an NVIDIA or AMD GPU"
+    message = f"backend 'triton' is not available on {device}: it needs an NVIDIA or AMD GPU"
     with pytest.raises(ValueError, match=message):
         choose_backend("triton", torch.device(device))
 

@@ -161,7 +161,8 @@ def test_a_video_with_sound_and_rotation(weights, tmp_path):
     lines = result.stderr.splitlines()
     assert lines[0] == f"{source} -> {output}, 64x48"
     assert lines[1] == (
-        "cpu, fp32 (the fastest here), attention by tiled (no Triton kernel for cpu);"
+        "cpu, fp32 (the fastest here), attention by tiled"
+        " (not triton: it needs an NVIDIA or AMD GPU, got cpu);"
         f" no tiles (the whole frame fits); {summary['workers']} frame"
         + ("s at once" if summary["workers"] > 1 else " at once")
     )
