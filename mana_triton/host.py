@@ -15,9 +15,10 @@ def tune() -> None:
 
     Threads of OpenMP that wait by spinning, its default, take the cores from decoding and
     encoding; threads that sleep at once are late for the next operation. And memory that goes
-    back to the system after each operation costs more, page by page, than many an operation.
+    back to the system after each operation costs more, page by page, than many an operation on a
+    small frame; what a large one takes does go back.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tens of microseconds
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
+        libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)

@@ -673,12 +673,16 @@ class VideoWriter(_Writer):
         chosen = "rc-lookahead" in {*options, *re.findall(r"[\w-]+", params)}
         chosen = chosen or "zerolatency" in options.get("tune", "")
         bounded = name in _LOOKAHEAD and depth < usual and not chosen
-        if bounded:
-            self.notes.append(f"rc-lookahead={depth} bounds the encoder's memory")
+        tight = {"rc-lookahead": str(depth)} if bounded else {}
+        if tight and name == "libx264" and depth < 5 and "bf" not in options:
+            tight["bf"] = "1"  # B-frames wait, too: with 3 of them 5120x2880 takes 200 MB more
+        if tight:
+            named = ", ".join(f"{key}={value}" for key, value in tight.items())
+            self.notes.append(f"{named} bounds the encoder's memory")
         if name == "libx264":
             if "threads" not in options:
                 context.thread_count = threads
-            return options | ({"rc-lookahead": str(depth)} if bounded else {})
+            return options | tight
         if name == "libx265":
             parts = ["log-level=error", f"rc-lookahead={depth}" if bounded else "", params]
             return options | {"x265-params": ":".join(filter(None, parts))}
