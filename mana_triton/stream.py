@@ -98,7 +98,8 @@ class Upscaler:
         scene_cuts: keep the window inside a scene.
         chunk: frames that the encoder takes at once.
         workers: frames that are enlarged side by side; "auto" takes as many as the memory of
-            one large frame holds, up to the threads of PyTorch on a CPU, and one on a GPU.
+            one large frame holds, up to the threads of PyTorch on a CPU, and one on a GPU. Several
+            read as many frames further ahead.
 
     Raises:
         ValueError: a value out of range, or a device or backend that is not there.

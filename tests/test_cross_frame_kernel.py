@@ -148,7 +148,7 @@ def test_backends(monkeypatch):
     assert choose_backend("auto", torch.device("cpu"))[0] == "tiled"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert choose_backend("auto", gpu)[0] == "tiled"
-    with pytest.raises(ValueError, match=r"need compute capability 8\.0 or newer, got 7\.5"):
+    with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or newer, got 7\.5"):
         choose_backend("triton", gpu)
 
 

@@ -288,9 +288,10 @@ def test_models_come_from_files_too(model, tmp_path):
 # laziness and memory
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_frames_are_read_as_late_as_possible(chunk, model):
-    read = 0
+def test_frames_are_read_as_late_as_possible(chunk, workers, model):
+    read, ahead = 0, workers if workers > 1 else 0
 
     def source() -> Iterator[Tensor]:
         nonlocal read
@@ -298,12 +299,12 @@ def test_frames_are_read_as_late_as_possible(chunk, model):
             read += 1
             yield frame
 
-    results = upscale(source(), model, chunk=chunk)
+    results = upscale(source(), model, chunk=chunk, workers=workers)
     assert read == 0
     for center in range(30):
         next(results)
         needed = min(center + REACH + 1, 30)
-        assert needed <= read <= min(needed + chunk - 1, 30)
+        assert needed <= read <= min(needed + ahead + chunk - 1, 30)
 
 
 def test_endless_streams_work(model):
