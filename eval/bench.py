@@ -326,7 +326,8 @@ LARGE_SIZES = ((144, 180), (270, 480), (540, 960))
 DENSE_PIXELS = 144 * 180  # beyond, visiting every pair takes minutes on a CPU
 STAGES = ("encoder", "cross-frame attention", "memory", "decoder", "upsampler")
 SECONDS = {"attention": 45, "paper": 110, "tiny": 12, "stages": 12}  # of one group of variants
-FLEX_NOTE = "not run: --full on a CPU"
+DEADLINE = 270  # seconds after which nothing more is begun without --full
+FLEX_NOTE = "not run: compiling it for a CPU takes minutes"
 
 
 class BenchError(Exception):
@@ -558,11 +559,12 @@ def check_attention(name: str, actual: Tensor, inputs: list[Tensor], dense: Tens
 
 @torch.inference_mode()
 def compare_attention(
-    size: tuple[int, int], backend: str, setting: Setting, flex: bool, seconds: float
+    size: tuple[int, int], backend: str, setting: Setting, seconds: float
 ) -> list[Row]:
     """D=64, T=7, sigma=4, logits q.k/8: ours and what else PyTorch offers, checked, then timed."""
     torch.manual_seed(0)
     device, dtype = setting.device, setting.dtype
+    flex = device.type == "cuda"
     q, k, v = (torch.randn(1, t, *size, 64, device=device, dtype=dtype) for t in (1, 7, 7))
     inputs = [0.6 * q[:, 0], 0.6 * k, v, *(torch.tensor(x, device=device) for x in (4.0, 0.125))]
 
@@ -806,11 +808,10 @@ def compare_video(size: tuple[int, int], frames: int = 12, rounds: int = 3) -> l
 
 def compare(device: torch.device, precision: str, full: bool) -> Iterator[tuple[str, list[Row]]]:
     """Titles and rows of all tables of `run.py --bench`, each as soon as it is measured."""
-    progress = Console(stderr=True, highlight=False)
+    progress, began = Console(stderr=True, highlight=False), time.perf_counter()
     if device.type == "cpu":
         host.tune()  # as the command does
     setting = Setting(device, precision, find_ceiling(device, DTYPES[precision]))
-    flex = full or device.type == "cuda"
     patience = 3 if full else 1
     backend = Upscaler("tiny", device=device, precision=precision).backend
 
@@ -819,12 +820,16 @@ def compare(device: torch.device, precision: str, full: bool) -> Iterator[tuple[
         return [{"part": part, **shape, "dtype": precision, **more, **row} for row in rows]
 
     progress.print("measuring the attention")
-    rows = compare_attention(SIZE, backend, setting, flex, patience * SECONDS["attention"])
+    rows = compare_attention(SIZE, backend, setting, patience * SECONDS["attention"])
     yield f"Attention at {SIZE[0]}x{SIZE[1]}, T=7, D=64, sigma=4", labeled(rows, "attention", SIZE)
     for preset in ("paper", "tiny"):
         sizes = SMALL_SIZES if preset == "tiny" else (SIZE,)
         for size in sizes + LARGE_SIZES * full:
             name = f"{preset}, {SCALE * size[1]}x{SCALE * size[0]} output"
+            if not full and time.perf_counter() - began > DEADLINE:
+                late = {"what": "everything", "ms": None, "note": "not run: out of time"}
+                yield name, labeled([late], "frame", size, preset=preset)
+                continue
             progress.print(f"measuring {name}")
             rows, visited = compare_stages(preset, size, setting, patience * SECONDS["stages"])
             if size not in SMALL_SIZES[:-1]:
@@ -846,13 +851,17 @@ def plot(rows: list[Row], title: str) -> bytes:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if row.get("part") == "frame" and row.get("ms") and "again" not in str(row["what"]):
             point = row["width"] * row["height"], row["ms"]
-            series.setdefault(f"{row['preset']}: {row['what']}", []).append(point)
-    for name, points in series.items():
-        axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name)
+            series.setdefault((row["preset"], row["what"]), []).append(point)
+    colors = {what: f"C{n}" for n, what in enumerate(dict.fromkeys(what for _, what in series))}
+    for (preset, what), points in series.items():
+        axes.loglog(
+            *zip(*sorted(points), strict=True), label=f"{preset}: {what}", color=colors[what],
+            marker="o" if preset == "tiny" else "s", gid=f"series-{preset}-{what}",
+        )  # fmt: skip
     sizes = sorted({(row["width"], row["height"]) for row in rows if row.get("part") == "frame"})
     axes.set_xticks([w * h for w, h in sizes])
     axes.set_xticklabels([f"{w}x{h}" for w, h in sizes], rotation=30)
