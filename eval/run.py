@@ -13,6 +13,10 @@ Originals are cropped to multiples of 4; low-resolution frames are made from the
 tOF (pixels) are means over the frames of a clip, then over clips; frame_mean is over all frames.
 Each finished clip is kept in --results, so that an evaluation that was stopped continues.
 The last line of stdout is one JSON object {"rows": [...]}.
+
+    python eval/run.py --bench
+
+times this device instead: against the paper's 59 ms, the naive way and other attentions.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -44,7 +49,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from eval import report
+from eval import bench, report
 from eval.datasets import (
     MIDDLE,
     SHRUNK,
@@ -512,8 +517,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", nargs="+", type=_named_path, required=True, metavar="NAME=PATH")
-    add("--method", nargs="+", required=True, metavar="METHOD", help="see above")
+    add("--data", nargs="+", type=_named_path, default=[], metavar="NAME=PATH")
+    add("--method", nargs="+", default=[], metavar="METHOD", help="see above")
     add("--degradation", choices=(*DEGRADATIONS, "none"), default="matlab_bicubic")
     add("--lr", nargs="+", type=_named_path, default=[], metavar="NAME=PATH",
         help="low-resolution frames of a data set, instead of making them")  # fmt: skip
@@ -530,7 +535,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--html", type=Path, metavar="FILE", help="a page with plots and pictures")
     add("--table1", action="store_true", help="the paper's Table 1 with these measurements")
     add("--table2", action="store_true", help="the paper's Table 2: mana:FILE by memory size")
+    add("--bench", action="store_true", help="measure speed and memory; no --data, no --method")
+    add("--full", action="store_true",
+        help="--bench up to 3840x2160 and with every peer; long on a CPU")  # fmt: skip
+    add("--plot", type=Path, default=Path("runs/bench.svg"), metavar="FILE",
+        help="ms against frame size, of --bench (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.bench and (args.data or args.method):
+        parser.error("--bench takes no --data and no --method")
+    if not args.bench and not (args.data and args.method):
+        parser.error("the following arguments are required: --data, --method (or --bench)")
+    if args.full and not args.bench:
+        parser.error("--full belongs to --bench")
     for flag, names in ("--data", [n for n, _ in args.data]), ("--method", args.method):
         if len(set(names)) < len(names):
             parser.error(f"{flag} must not name one thing twice, got {' '.join(names)}")
@@ -615,6 +631,37 @@ def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
     return about
 
 
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Speed and memory of this device; the object of the last line."""
+    try:
+        upscaler = _upscaler("tiny", args.device, args.precision)
+    except ValueError as error:  # no such device or precision
+        raise MethodError(str(error)) from error
+    device, commit = upscaler.device, _commit()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )  # fmt: skip
+    console.print(f"{name}: {upscaler.description}")
+    rows: list[bench.Row] = []
+    for title, table in bench.compare(device, upscaler.precision, args.full):
+        bench.show(table, title)
+        rows += table
+    try:
+        write_atomically(args.plot, bench.plot(rows, name))
+    except ModuleNotFoundError:
+        console.print("note: no plot without matplotlib; pip install matplotlib")
+    else:
+        console.print(f"plot: {args.plot}")
+    return {
+        "rows": rows,
+        "paper_ms": bench.PAPER["ms"],
+        "device": name,
+        "precision": upscaler.precision,
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
 def main() -> None:
     """Command line."""
     args = parse_args()
@@ -622,13 +669,22 @@ def main() -> None:
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        summary = evaluate(args)
-    except (DataError, CheckpointError, MethodError, BackboneError, OSError) as error:
+        summary = benchmark(args) if args.bench else evaluate(args)
+    except (
+        DataError,
+        CheckpointError,
+        MethodError,
+        BackboneError,
+        bench.BenchError,
+        OSError,
+    ) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
-        sys.exit("error: the memory is too small; the same command with --jobs 1 continues")
+        again = "" if args.bench else "; the same command with --jobs 1 continues"
+        sys.exit(f"error: the memory is too small{again}")
     except (KeyboardInterrupt, Stopped):
-        sys.exit(f"error: stopped; the same command continues from {args.results}")
+        again = "" if args.bench else f"; the same command continues from {args.results}"
+        sys.exit(f"error: stopped{again}")
     line = json.dumps(summary)
     if args.json:
         write_atomically(args.json, f"{line}\n".encode())

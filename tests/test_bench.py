@@ -1,0 +1,209 @@
+"""The benchmark of run.py --bench: what it times is right, and what it prints is what it timed."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+from oracle import assert_as_accurate
+from torch.nn.attention.flex_attention import flex_attention
+
+from eval import bench, run
+from mana_triton.kernels import reference
+from mana_triton.model import MANA, MANAConfig
+
+CPU = torch.device("cpu")
+SETTING = bench.Setting(CPU, "fp32", bench.Ceiling(1e7, 1e6))
+SIZE = (12, 18)
+PEERS = {"eager": bench._eager, "masked": bench._masked, "augmented": bench._augmented}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def attention_inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, t, *SIZE, 16, generator=generator) for t in (1, 7, 7))
+    return [x.to(dtype) for x in (q[:, 0], k, v, torch.tensor(3.0), torch.tensor(0.25))]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_compute_the_bias_form(peer):
+    inputs = attention_inputs()
+    exact = reference.cross_frame_attention(*(x.double() for x in inputs)).o
+    eager = reference.cross_frame_attention(*inputs).o
+    assert_as_accurate(peer, PEERS[peer](*inputs), eager, exact, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_computes_the_bias_form(monkeypatch):
+    monkeypatch.setattr(bench, "_compiled_flex", lambda: flex_attention)
+    inputs = attention_inputs()
+    exact = reference.cross_frame_attention(*(x.double() for x in inputs)).o
+    eager = reference.cross_frame_attention(*inputs).o
+    assert_as_accurate("flex", bench._flex(*inputs), eager, exact, torch.float32)
+
+
+def test_naive_computes_the_official_gate_form():
+    inputs = attention_inputs()
+    inputs[-1] = torch.tensor(1.0)
+    exact = reference.cross_frame_attention(*(x.double() for x in inputs), gaussian="gate").o
+    eager = reference.cross_frame_attention(*inputs, gaussian="gate").o
+    assert_as_accurate("naive", bench._official(*inputs[:4]), eager, exact, torch.float32)
+
+
+def test_naive_network_is_the_official_network():
+    config = MANAConfig.preset("tiny")
+    window = torch.rand(1, 7, 3, *SIZE)
+    model = bench.naive_network(config, CPU, torch.float32)
+    assert (model.config.gaussian, model.config.logit_scale) == ("gate", 1.0)
+    torch.nn.init.normal_(model.w_z.weight, std=0.3)
+    with torch.inference_mode():
+        actual = bench.naive_frame(model, window)
+        eager = model(window)  # by the reference backend
+        exact = model.double()(window.double())
+    assert_as_accurate("frame", actual, eager, exact, torch.float32)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = bench.cross_frame_attention
+    monkeypatch.setattr(bench, "cross_frame_attention", lambda *a, **k: 1.001 * right(*a, **k))
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(bench.BenchError, match=r"ours, tiled must be within .* nothing was timed"):
+        bench.compare_attention(SIZE, "tiled", SETTING, 0.0)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_floor_counts_the_work_of_the_network(preset):
+    config = MANAConfig.preset(preset)
+    model = MANA(config).eval()
+    flops = bench.floor_ms(config, SIZE, bench.Ceiling(1.0, math.inf), 4, visited=0.5)
+    counted = {"encode": 0, "decode": 0}
+    part = ""
+
+    def count(layer, _, out: torch.Tensor) -> None:
+        counted[part] += 2 * layer.weight.numel() * out[0, 0].numel()
+
+    for layer in (x for x in model.modules() if isinstance(x, torch.nn.Conv2d)):
+        layer.register_forward_hook(count)
+    with torch.inference_mode():
+        part = "encode"
+        model.encode(torch.rand(1, 3, *SIZE))
+        part = "decode"
+        model.decode(torch.rand(1, config.channels, *SIZE))
+    assert flops["encoder"] == counted["encode"]
+    assert flops["decoder"] + flops["upsampler"] == counted["decode"]
+    # q k^T and p v, multiply and add, of half of the pairs
+    pairs = 7 * math.prod(SIZE) ** 2 / 2
+    assert flops["cross-frame attention"] == 2 * 2 * (config.channels // 2) * pairs
+
+
+def test_floor_is_the_larger_of_arithmetic_and_traffic():
+    ceiling = bench.Ceiling(flop_per_ms=10.0, bytes_per_ms=2.0)
+    assert ceiling.ms(100.0, 10.0) == 10.0
+    assert ceiling.ms(100.0, 40.0) == 20.0
+
+
+def test_variants_take_turns():
+    calls: list[str] = []
+    variants = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    measured = bench.measure(variants, CPU, seconds=600.0)
+    rounds = len(measured.ms["a"])
+    assert calls == ["a", "b"] * (1 + rounds)  # one round warms up
+    assert len(measured.ms["b"]) == rounds == 30
+
+
+def test_memory_is_that_of_the_run():
+    mib = 64
+    if (peak := bench._extra_peak(lambda: torch.ones(mib << 18), CPU)) is None:
+        pytest.skip("this system does not say")
+    # pages that were there and are used again do not count
+    assert 0.8 * mib <= peak <= 1.2 * mib
+
+
+def test_ratios_are_those_of_single_rounds():
+    ms = {"slow": [100.0, 1000.0, 300.0], "fast": [50.0, 100.0, 150.0]}
+    ms["fast, again"] = [40.0, 100.0, 120.0]
+    measured = bench.Measured(ms, dict.fromkeys(ms, 1.0))
+    slow, fast, again = bench.measured_rows(measured, "slow", {"fast": 25.0})
+    assert again["noise_percent"] == pytest.approx(25.0)
+    assert (slow["times_faster"], fast["times_faster"]) == (1.0, 2.0)
+    assert fast["percent_of_floor"] == 25.0
+    assert (fast["ms"], fast["runs"]) == (100.0, 3)
+
+
+def test_stages_add_up(monkeypatch):
+    whole: list[float] = []
+    measure = bench.measure
+
+    def keep(*args):
+        measured = measure(*args)
+        whole.extend(measured.ms["frame"])
+        return measured
+
+    monkeypatch.setattr(bench, "measure", keep)
+    rows, visited = bench.compare_stages("tiny", SIZE, SETTING, seconds=0.0)
+    assert [row["what"] for row in rows] == [*bench.STAGES, "rest"]
+    assert visited == 1.0  # frames this small are dense
+    assert all(row["ms"] > 0 for row in rows)
+    # the frame's own clock runs a little longer than the sum of its stages
+    assert 0.5 * whole[0] <= sum(row["ms"] for row in rows) <= whole[0]
+
+
+def test_naive_is_left_out_where_its_tables_do_not_fit(monkeypatch):
+    monkeypatch.setattr(bench, "_free_bytes", lambda _: 1 << 10)
+    rows = bench.compare_frame("tiny", SIZE, SETTING, 1.0, seconds=0.0)
+    assert {row["what"]: row["ms"] for row in rows}["naive"] is None
+    assert "not run: its tables take" in str(rows[-1]["note"])
+    assert all("times_faster" not in row for row in rows)
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "SIZE", SIZE)
+    monkeypatch.setattr(bench, "SMALL_SIZES", ((8, 10), SIZE))
+    monkeypatch.setattr(bench, "SECONDS", dict.fromkeys(bench.SECONDS, 0.0))
+    plot, copy = tmp_path / "plot.svg", tmp_path / "bench.json"
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--bench", "--plot", str(plot), "--json", str(copy)]
+    )
+    run.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert copy.read_text() == f"{line}\n"
+    result = json.loads(line)
+    rows = result["rows"]
+    assert {"device", "precision", "commit", "versions", "paper_ms"} <= set(result)
+    published = [row for row in rows if row["what"] == "paper, 2080 Ti, published"]
+    assert [(row["ms"], row["dtype"]) for row in published] == [(59.0, None)]
+    frames = {(r["preset"], r["width"], r["what"]) for r in rows if r["part"] == "frame"}
+    for preset, width in (("paper", 72), ("tiny", 40), ("tiny", 72)):
+        for what in ("naive, fp32", "ours, dense, 7 encodes", "ours, streamed"):
+            assert (preset, width, what) in frames
+    stages = {row["what"] for row in rows if row["part"] == "stage"}
+    assert stages == {*bench.STAGES, "rest", "video in", "video out"}
+    for row in rows:
+        assert (row["ms"] is None) == ("not run" in str(row.get("note")))
+    # a line for each preset and variant, beside the markers
+    drawn = {x.get("id", "") for x in ElementTree.parse(plot).iter()}
+    lines = {(row["preset"], row["what"]) for row in rows if row["part"] == "frame" and row["ms"]}
+    lines = {(preset, what) for preset, what in lines if not what.endswith("again")}
+    assert "legend_1" in drawn
+    assert len(lines) == sum(name.startswith("series-") for name in drawn)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--bench", "--data", "a=b"], "--bench takes no --data"),
+        (["--method", "bicubic"], "--data, --method (or --bench)"),
+        (["--full", "--data", "a=b", "--method", "bicubic"], "--full belongs to --bench"),
+    ],
+)
+def test_wrong_usage(argv, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.parse_args(argv)
+    assert stop.value.code == 2
+    assert line in capsys.readouterr().err
