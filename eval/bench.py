@@ -18,6 +18,7 @@ import ctypes
 import functools
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -281,14 +282,10 @@ def write_clip(path: Path, height: int, width: int, frames: int) -> None:
 
 def run_infer(clip: Path, threads: int) -> dict:
     """The JSON line of the command on a clip, in a process of its own."""
-    code = (
-        "import sys, torch; from mana_triton.infer import main; "
-        f"torch.set_num_threads({threads}); sys.argv[1:] = [{str(clip)!r}, '--overwrite']; main()"
-    )
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, check=True,
+        [sys.executable, "-m", "mana_triton.infer", str(clip), "--overwrite"],
+        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
     )  # fmt: skip
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -457,7 +457,9 @@ def cross_frame_attention(
         q, k, v, sigma, scale, gaussian, offsets, first_row: as in the reference.
         tolerance: eta of the certificate above; 0 visits every pair.
     """
-    c = 1 / (2 * sigma.to(torch.promote_types(q.dtype, torch.float32)).square())
+    # narrower than any pixel, c would overflow
+    sigma = sigma.to(torch.promote_types(q.dtype, torch.float32)).clamp(min=1e-15)
+    c = 1 / (2 * sigma.square())
     scaled = q * scale
     o, displacement, lse, visited = _CrossFrame.apply(scaled, k, v, c, tolerance, first_row)
     if gaussian == "gate":

@@ -305,7 +305,11 @@ def main() -> None:
         summary, code = run(args)
     except (MediaError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch says so with a type of its own on a GPU only
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (memory or "can't allocate memory" in str(error)):
+            raise
         sys.exit("error: the memory is too small for this frame size; use a smaller -t, as -t 64")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not disturb the clean-up

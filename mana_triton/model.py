@@ -8,6 +8,7 @@ frame), k = theta(frames), v = g(frames), y = memory output, z = what the decode
 and the bilinear `skip`, are public so that a stream encodes every frame once and decodes by tiles.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -116,7 +117,9 @@ class MANA(nn.Module):
         self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
         self.phi, self.theta, self.g = (nn.Conv2d(c, d, 1) for _ in range(3))
         self.w_z = _zero_projection(t * values, c)
-        self.sigma = nn.Parameter(torch.tensor(float(config.sigma)))
+        # plain attention, sigma = infinity, has no width to learn
+        wide = math.isinf(config.sigma)
+        self.sigma = nn.Parameter(torch.tensor(float(config.sigma)), requires_grad=not wide)
         if config.match == "cosine":
             self.temperature = nn.Parameter(torch.tensor(12.0))
             self.theta.load_state_dict(self.phi.state_dict())

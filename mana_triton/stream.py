@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ BAND = 64  # rows of the attention's queries at once
 TOLERANCE = 0.03  # of the attention's certificate: on real clips below 0.001 of a step of 8 bits
 
 Picture = np.ndarray | Tensor
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _plain(function: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients, and out of the inference mode that a caller may be in."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class _Encoded(NamedTuple):
@@ -66,6 +73,7 @@ class _Keys:
         self.frames = frames
         self.k = self.v = torch.empty(0)
 
+    @_plain
     def put(self, number: int, features: Features) -> None:
         if not self.k.numel():
             # places that no frame has taken yet are never looked at
@@ -203,6 +211,7 @@ class Upscaler:
         while waiting:
             yield self._window(waiting, keys, shared)
 
+    @_plain
     def _window(self, waiting: deque[_Encoded], keys: _Keys, shared: bool) -> _Window:
         """The window of the first of the frames that wait, which leaves them."""
         end = max(e.number for e in waiting if e.scene == waiting[0].scene)
@@ -234,7 +243,7 @@ class Upscaler:
                 yield encoded, features.popleft()  # none stays here: it is large
                 number += 1
 
-    @torch.inference_mode()
+    @_plain
     def _features(self, lr: Tensor) -> list[Features]:
         """Features of each of lr [N, 3, H, W]."""
         x = lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
@@ -243,7 +252,7 @@ class Upscaler:
         features = self.model.encode(x)
         return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
 
-    @torch.inference_mode()
+    @_plain
     def _enlarge(self, window: _Window) -> Picture:
         """Enlarge the center frame of a window."""
         center, k, v, order = window
@@ -401,14 +410,17 @@ def side_by_side(
     threads = torch.get_num_threads()
     running: deque[Future[Picture]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        # the number of threads is one's own, but new threads copy it from whoever set it last
-        met = threading.Barrier(workers + 1)
-        for _ in range(workers):
-            pool.submit(_take_threads, max(threads // workers, 1), met)
-        met.wait()
-        torch.set_num_threads(threads)
+        _share_threads(pool, workers, threads)
+        ends: list[BaseException] = []
+
+        def until_the_end() -> Iterator[_Window]:
+            try:
+                yield from items
+            except Exception as error:  # raised again when what came before it is done
+                ends.append(error)
+
         try:
-            for item in items:
+            for item in until_the_end():
                 running.append(pool.submit(function, item))
                 if len(running) > workers:
                     yield running.popleft().result()
@@ -417,6 +429,22 @@ def side_by_side(
         finally:
             for future in running:
                 future.cancel()
+    if ends:
+        raise ends[0]
+
+
+def _share_threads(pool: ThreadPoolExecutor, workers: int, threads: int) -> None:
+    """Give each worker of the pool its part of PyTorch's threads."""
+    met = threading.Barrier(workers + 1)
+    try:
+        for _ in range(workers):
+            pool.submit(_take_threads, max(threads // workers, 1), met)
+        met.wait()
+    except BaseException:
+        met.abort()  # nobody waits for a worker that could not start
+        raise
+    # the number of threads is one's own, but new threads copy it from whoever set it last
+    torch.set_num_threads(threads)
 
 
 def _take_threads(number: int, met: threading.Barrier) -> None:

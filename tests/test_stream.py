@@ -650,6 +650,35 @@ def test_side_by_side_an_error_comes_through_and_the_threads_end(model, at):
     assert threading.active_count() == running
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_side_by_side_what_came_before_an_error_is_given(model, workers):
+    frames = noise(9, 8, 8)
+
+    def broken():
+        yield from frames
+        raise OSError("the camera fell off")
+
+    given = []
+    with pytest.raises(OSError, match="fell off"):
+        for picture in upscale(broken(), model, workers=workers):
+            given.append(picture)
+    assert len(given) == 9 - REACH
+    assert torch.equal(torch.stack(given), run(model, frames, workers=workers)[: 9 - REACH])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_are_ordinary_tensors(model, workers):
+    """Whatever mode the caller is in, now and then."""
+    results = upscale(noise(9, 8, 8), model, workers=workers)
+    with torch.inference_mode():
+        next(results)
+    scale = torch.ones((), requires_grad=True)
+    result = torch.as_tensor(next(results))
+    (result.mul_(255) * scale).sum().backward()
+    assert scale.grad is not None
+    assert len(list(results)) == 7
+
+
 def test_side_by_side_only_what_fits(model, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     small, large = Upscaler(model), Upscaler(MANA(MANAConfig.preset("paper")))
