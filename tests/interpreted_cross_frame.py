@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import ADVERSARIES, NAMES, Case, absolute_terms, draw, run
+from attention_cases import (
+    ADVERSARIES,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    NAMES,
+    Case,
+    absolute_terms,
+    assert_case,
+    draw,
+    run,
+)
 from oracle import assert_as_accurate
 from torch.library import opcheck
 from triton.runtime import interpreter
@@ -22,9 +33,6 @@ from mana_triton.attention import choose_backend
 from mana_triton.kernels import cross_frame, reference, tuning
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [F32, F16] if INTERPRETED else [F32, F16, BF16]
 KERNELS = ("cross_frame_forward", "cross_frame_lse", "cross_frame_dq", "cross_frame_dkv")
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,42 +90,35 @@ def on_device(case: Case) -> Case:
     return Case(*(x.to(DEVICE) for x in case))
 
 
-def assert_case(case: Case, gaussian: str, *, match="dot", bands=None) -> None:
-    """Triton, dense, is as accurate as the reference in everything."""
-    case = on_device(case)
-    options: dict[str, Any] = {"gaussian": gaussian, "match": match}
-    exact = run(case, "reference", wide=True, **options)
-    eager = run(case, "reference", **options)
-    actual = run(case, "triton", bands=bands, tolerance=0, **options)
-    terms = absolute_terms(case, gaussian, match)
-    for name, x, y, z in zip(NAMES, actual, eager, exact, strict=True):
-        assert_as_accurate(name, x, y, z, case.q.dtype, terms=terms.get(name))
-
-
 @TYPES
 @FORMS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy(shape, gaussian, dtype, blocks):
-    assert_case(draw(SHAPES[shape], dtype), gaussian)
+    assert_case(on_device(draw(SHAPES[shape], dtype)), gaussian, "triton")
 
 
 @TYPES
 @FORMS
 def test_cosine_matching(gaussian, dtype, blocks):
-    assert_case(draw((1, 2, 9, 14, 32), dtype, scale=12.0, seed=1), gaussian, match="cosine")
+    assert_case(
+        on_device(draw((1, 2, 9, 14, 32), dtype, scale=12.0, seed=1)),
+        gaussian,
+        "triton",
+        match="cosine",
+    )
 
 
 @TYPES
 @pytest.mark.parametrize("sigma", [0.3, 100.0, 1e6])
 def test_any_width_of_the_gaussian(sigma, dtype, blocks):
-    assert_case(draw((1, 1, 9, 19, 16), dtype, sigma=sigma, seed=2), "bias")
+    assert_case(on_device(draw((1, 1, 9, 19, 16), dtype, sigma=sigma, seed=2)), "bias", "triton")
 
 
 @TYPES
 @FORMS
 def test_large_logits(gaussian, dtype, blocks):
     """A hundred times those of the other tests: next to a hard maximum."""
-    assert_case(draw((1, 1, 9, 19, 16), dtype, gain=100, seed=3), gaussian)
+    assert_case(on_device(draw((1, 1, 9, 19, 16), dtype, gain=100, seed=3)), gaussian, "triton")
 
 
 @TYPES
@@ -138,7 +139,9 @@ def test_infinite_width_is_plain_attention(gaussian, dtype, blocks):
 @pytest.mark.parametrize(("bands", "gaussian"), [([8], "bias"), ([5, 9], "bias"), ([5], "gate")])
 def test_bands_of_rows_are_the_whole_frame(bands, gaussian, blocks):
     """Also where a band begins within a tile of the keys."""
-    assert_case(draw((1, 1, 13, 17, 16), sigma=2.0, seed=5), gaussian, bands=bands)
+    assert_case(
+        on_device(draw((1, 1, 13, 17, 16), sigma=2.0, seed=5)), gaussian, "triton", bands=bands
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

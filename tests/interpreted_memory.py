@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import DEVICE, DTYPES, INTERPRETED
 from oracle import assert_as_accurate
 
 import mana_triton
@@ -18,9 +19,6 @@ from mana_triton.kernels import memory as kernels
 from mana_triton.kernels import reference, tuning
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [F32, F16] if INTERPRETED else [F32, F16, BF16]
 SHAPES = {  # B, H, W, D, N
     "one-pixel": (1, 1, 1, 16, 3),
     "one-entry": (2, 5, 7, 16, 1),

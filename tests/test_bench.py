@@ -13,14 +13,14 @@ import torch
 from oracle import assert_as_accurate
 from torch.nn.attention.flex_attention import flex_attention
 
-from eval import bench, run
+from eval import bench, peers, run
 from mana_triton.kernels import reference
 from mana_triton.model import MANA, MANAConfig
 
 CPU = torch.device("cpu")
 SETTING = bench.Setting(CPU, "fp32", bench.Ceiling(1e7, 1e6))
 SIZE = (12, 18)
-PEERS = {"eager": bench._eager, "masked": bench._masked, "augmented": bench._augmented}
+PEERS = {"eager": bench._eager, "masked": peers.masked_sdpa, "augmented": peers.augmented_sdpa}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
