@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -201,9 +202,8 @@ def bench_model(threads: int) -> list[Row]:
     model = MANA(MANAConfig.preset("paper"))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
     upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
-    h, w = SIZE
-    clip = np.random.default_rng(0).integers(0, 256, (20, h, w, 3), np.uint8)
-    window = torch.rand(1, 7, 3, h, w)
+    clip = demo_frames(SIZE, 20)
+    window = _window(clip[:7])
 
     def naive() -> None:
         eager = mock.patch("mana_triton.model.cross_frame_attention", _eager_in_model)
@@ -264,20 +264,35 @@ def bench_import(threads: int) -> list[Row]:
 
 
 def write_clip(path: Path, height: int, width: int, frames: int) -> None:
-    """The demo clip at another size, forwards and backwards until there are enough frames."""
+    """The demo clip at another size as a file of this many frames."""
     import av
 
-    with av.open(str(DEMO)) as source:
-        pictures = [frame.reformat(width, height, "yuv420p") for frame in source.decode(video=0)]
     with av.open(str(path), "w") as target:
         stream = target.add_stream("libx264", rate=25, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for i in range(frames):
-            place = i % (2 * len(pictures) - 2)
-            picture = pictures[min(place, 2 * len(pictures) - 2 - place)]
+        for i, picture in enumerate(_demo((height, width), frames, "yuv420p")):
             picture.pts, picture.time_base = i, Fraction(1, 25)
             target.mux(stream.encode(picture))
         target.mux(stream.encode(None))
+
+
+def _demo(size: tuple[int, int], count: int, pixel_format: str) -> Iterator[Any]:
+    """Frames of the demo clip at another size, forwards and backwards until there are enough."""
+    import av
+
+    with av.open(str(DEMO)) as source:
+        pictures = [x.reformat(size[1], size[0], pixel_format) for x in source.decode(video=0)]
+    yield from itertools.islice(itertools.cycle(pictures + pictures[-2:0:-1]), count)
+
+
+def demo_frames(size: tuple[int, int], count: int) -> np.ndarray:
+    """[count, H, W, 3] uint8 of the demo clip: how far attention reaches depends on the content."""
+    return np.stack([picture.to_ndarray() for picture in _demo(size, count, "rgb24")])
+
+
+def _window(frames: np.ndarray) -> Tensor:
+    """[T, H, W, 3] uint8 -> [1, T, 3, H, W] in [0, 1]."""
+    return rearrange(torch.from_numpy(frames), "t h w c -> 1 t c h w") / 255
 
 
 def run_infer(clip: Path, threads: int) -> dict:
@@ -613,8 +628,8 @@ def compare_frame(
     options = {"device": device, "precision": precision, "scene_cuts": False}
     one, dense = (Upscaler(model, workers=1, **options) for _ in range(2))
     dense.model.tolerance = 0.0  # every pair
-    clip = _noise(size)
-    window = torch.rand(1, 7, 3, *size, device=device).to(dtype)
+    frames = demo_frames(size, 7)
+    clip, window = frames[:4], _window(frames).to(device, dtype)
     stream = one.stream(itertools.cycle(clip))
     variants: dict[str, Callable] = {}
     work: dict[str, tuple[int, float]] = {}  # encoded frames, fraction of the pairs
@@ -660,11 +675,6 @@ def _skipped(what: str, why: str) -> Row:
     return {"what": what, "ms": None, "note": f"not run: {why}"}
 
 
-def _noise(size: tuple[int, int]) -> np.ndarray:
-    """Four frames [4, H, W, 3]."""
-    return np.random.default_rng(0).integers(0, 256, (4, *size, 3), np.uint8)
-
-
 def _several(
     one: Upscaler, upscaler: Upscaler, clip: np.ndarray, window: Tensor
 ) -> dict[str, Callable]:
@@ -706,7 +716,7 @@ def compare_stages(
         shares.append(share * q.shape[1] / size[0])
         return result if len(result) > 1 else result[0]
 
-    stream = upscaler.stream(itertools.cycle(_noise(size)))
+    stream = upscaler.stream(itertools.cycle(demo_frames(size, 7)))
 
     def frame() -> None:
         marks.clear()
@@ -802,8 +812,8 @@ def compare(device: torch.device, precision: str, full: bool) -> Iterator[tuple[
             yield f"Frame: {name}", rows
 
 
-def plot(rows: list[Row], title: str) -> bytes:
-    """Milliseconds against the size of the output, as SVG."""
+def plot(rows: list[Row], title: str, form: str) -> bytes:
+    """Milliseconds against the size of the output, as "svg", "png" or what matplotlib offers."""
     from io import BytesIO
 
     from matplotlib.figure import Figure
@@ -829,7 +839,7 @@ def plot(rows: list[Row], title: str) -> bytes:
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     content = BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
+    figure.savefig(content, format=form, metadata={"Date": None} if form == "svg" else None)
     return content.getvalue()
 
 

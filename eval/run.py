@@ -539,10 +539,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true",
         help="--bench up to 3840x2160 and with every peer; long on a CPU")  # fmt: skip
     add("--plot", type=Path, default=Path("runs/bench.svg"), metavar="FILE",
-        help="ms against frame size, of --bench (default: %(default)s)")  # fmt: skip
+        help="ms against frame size, of --bench; .svg or .png (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.bench and (args.data or args.method):
         parser.error("--bench takes no --data and no --method")
+    if args.plot.suffix not in (".svg", ".png"):
+        parser.error(f"--plot must end in .svg or .png, got {args.plot}")
     if not args.bench and not (args.data and args.method):
         parser.error("the following arguments are required: --data, --method (or --bench)")
     if args.full and not args.bench:
@@ -647,7 +649,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         bench.show(table, title)
         rows += table
     try:
-        write_atomically(args.plot, bench.plot(rows, name))
+        write_atomically(args.plot, bench.plot(rows, name, args.plot.suffix[1:]))
     except ModuleNotFoundError:
         console.print("note: no plot without matplotlib; pip install matplotlib")
     else:

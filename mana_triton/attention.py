@@ -108,12 +108,14 @@ def cross_frame_attention(
         tolerance = TOLERANCE[q.dtype]
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
-    sigma = _scalar("sigma", sigma, q)
+    # a compiled graph cannot look at a tensor's value, and a GPU would be waited for
+    hidden = isinstance(sigma, Tensor) and (
+        sigma.device.type != "cpu" or torch.compiler.is_compiling()
+    )
+    given, sigma = sigma, _scalar("sigma", sigma, q)
     scale = _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
-    # a compiled graph cannot look at values, and a GPU would be waited for
-    look = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if look and not sigma.item() > 0:
-        raise ValueError(f"sigma must be > 0 (infinity allowed), got {sigma.item()}")
+    if not hidden and not given > 0:
+        raise ValueError(f"sigma must be > 0 (infinity allowed), got {float(given)}")
     name, _ = choose_backend(backend, q.device)
     if name == "triton":
         _check_triton(q)

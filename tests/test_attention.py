@@ -556,6 +556,14 @@ REFUSED = {
         {"sigma": torch.tensor(-1.5)},
         "sigma must be > 0 (infinity allowed), got -1.5",
     ),
+    "sigma-on-another-device": (
+        {
+            **{x: torch.zeros(1, 2, 4, 5, 16, device="meta") for x in "kv"},
+            "q": torch.zeros(1, 4, 5, 16, device="meta"),
+            "sigma": -1.5,
+        },
+        "sigma must be > 0 (infinity allowed), got -1.5",
+    ),
     "sigma-nan": ({"sigma": math.nan}, "sigma must be a number, got nan"),
     "sigma-nan-tensor": (
         {"sigma": torch.tensor(math.nan)},

@@ -200,6 +200,7 @@ def test_command(monkeypatch, tmp_path, capsys):
         (["--bench", "--data", "a=b"], "--bench takes no --data"),
         (["--method", "bicubic"], "--data, --method (or --bench)"),
         (["--full", "--data", "a=b", "--method", "bicubic"], "--full belongs to --bench"),
+        (["--bench", "--plot", "plot.jpg"], "--plot must end in .svg or .png, got plot.jpg"),
     ],
 )
 def test_wrong_usage(argv, line, capsys):
