@@ -55,10 +55,10 @@ class Compiled:
         return flaws
 
 
-def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict) -> dict[str, tuple]:
+def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str) -> dict[str, tuple]:
     """The compile jobs of a kernel and its variants, by name; see `compile_jobs` of each module."""
     module = import_module(f"mana_triton.kernels.{kernel.rpartition('_')[0]}")
-    every = module.compile_jobs(d, dtype, config)
+    every = module.compile_jobs(d, dtype, config, arch)
     return {name: job for name, job in every.items() if name.partition(":")[0] == kernel}
 
 

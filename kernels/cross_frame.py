@@ -24,12 +24,12 @@ dq's programs own a block of queries and add over frames, those of dk and dv a b
 atomics, and equal inputs give equal bits.
 
 Gate form: a_ij = softmax_j(s q_i . k_j) w_ij with the Gaussian w. It is the bias form times
-g_i = exp(lse_bias - lse_plain), and in the backward pass delta = 0, do = g do, dd = g dd, while the
+exp(lse_bias - lse_plain). In the backward pass P = exp(s_bias - lse_plain) and delta = 0, while the
 plain softmax, dense, adds dS = -P_plain (do . o + dd . displacement - dlse).
 
-What is visited: a query tile (8 x 16 pixels) sees the key tiles (8 x 8) within a halo. The plan
-chooses the smallest halo such that what is dropped, bounded by its tiles' mean and radius, is at
-most eta of the rest (see `tiled.py`), and stays on the device.
+What is visited: a tile of 8 x 16 queries sees the tiles of 8 x 16 keys within a halo. The plan
+chooses the smallest halo such that what is dropped, bounded by mean and radius of 8 x 8 keys at a
+time, is at most eta of the rest (see `tiled.py`), and stays on the device.
 """
 
 # Triton's decorator hides what its functions take and return
@@ -65,7 +65,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS = tl.constexpr(16)  # of the Gaussian's matrix product, the least a tensor core takes
 BEYOND = tl.constexpr(32768.0)  # its square keeps a pixel out; a power of two is exact
 FAR = tl.constexpr(-60000.0)  # logits that no weight survives, within float16's range
-STEEPEST = 1e4  # c from which on every neighbor's weight is zero
+# c from which on every neighbor's weight is zero; the own block's rows stay above FAR
+STEEPEST = 800.0
 
 
 # --- tables: the 16 columns of both sides
@@ -153,11 +154,11 @@ def _cell(key_y, key_x, query_y, query_x, zero_y, zero_x, cells_x,
 @triton.jit
 def _key_window(halo, top, left, height, width, BLOCK_N: tl.constexpr):
     """Rows and columns of key blocks, in tiles within `halo` pixels of the query tile."""
-    # whole tiles, whatever the block: all kernels then see the same keys
+    # tiles of 8 x 16, whatever the block: all kernels then see the same keys
     first_y = tl.maximum(top - halo, 0) // 8 * 8 // block_height(BLOCK_N)
     last_y = tl.cdiv(tl.minimum(top + 8 + halo, height), 8) * 8 // block_height(BLOCK_N)
-    first_x = tl.maximum(left - halo, 0) // block_width(BLOCK_N)
-    last_x = tl.cdiv(tl.minimum(left + 16 + halo, width), block_width(BLOCK_N))
+    first_x = tl.maximum(left - halo, 0) // 16 * 16 // block_width(BLOCK_N)
+    last_x = tl.cdiv(tl.minimum(left + 16 + halo, width), 16) * 16 // block_width(BLOCK_N)
     return first_y, last_y, first_x, last_x
 
 
@@ -477,7 +478,7 @@ def _dkv_kernel(
     c = tl.load(c_ptr)
     reach = tl.max(_per_tile(reach_ptr + image * (k_pixels // 64), block, BLOCK_N), axis=0)
     first_y, last_y, first_x, last_x = _query_window(
-        reach, top // 8 * 8 - first_row, left, rows, width, BLOCK_M, BLOCK_N
+        reach, top // 8 * 8 - first_row, left // 16 * 16, rows, width, BLOCK_M
     )
     across = last_x - first_x
     dk = tl.zeros([BLOCK_N, D], tl.float32)
@@ -494,7 +495,7 @@ def _dkv_kernel(
         mean = tl.load(delta_ptr + first_query + tl.arange(0, BLOCK_M))
         # a query tile that does not see this block has no part in it
         halo = tl.load(halo_ptr + image * (q_pixels // 128) + query_block * BLOCK_M // 128)
-        gap = _gap(first_row + query_y // 8 * 8, query_x // 16 * 16, top, left, BLOCK_N)
+        gap = _gap(first_row + query_y // 8 * 8, query_x // 16 * 16, top, left)
         lse = tl.where(gap <= halo, lse, float("inf"))
         s = tl.dot(k, q.T, input_precision="ieee")  # [N, M]
         if EXACT:
@@ -540,17 +541,17 @@ def _per_tile(ptr, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gap(query_y, query_x, key_y, key_x, BLOCK_N: tl.constexpr):
-    """Distance in pixels of a query tile and a key block's tiles, the larger of its two axes."""
-    key_y = key_y // 8 * 8
+def _gap(query_y, query_x, key_y, key_x):
+    """Distance in pixels of a query tile and the tile a key is in, the larger of its two axes."""
+    key_y, key_x = key_y // 8 * 8, key_x // 16 * 16
     y = tl.maximum(key_y - query_y, query_y - key_y) - 7
-    x = tl.maximum(key_x - query_x - 15, query_x - key_x - block_width(BLOCK_N) + 1)
+    x = tl.maximum(key_x - query_x, query_x - key_x) - 15
     return tl.maximum(tl.maximum(y, x), 0)
 
 
 @triton.jit
-def _query_window(reach, top, left, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of the query blocks in tiles within `reach` pixels of a key block's tiles.
+def _query_window(reach, top, left, rows, width, BLOCK_M: tl.constexpr):
+    """Rows and columns of the query blocks in tiles within `reach` pixels of a key tile.
 
     `top` counts from the first row of the queries.
     """
@@ -558,7 +559,7 @@ def _query_window(reach, top, left, rows, width, BLOCK_M: tl.constexpr, BLOCK_N:
     last_y = tl.cdiv(tl.maximum(tl.minimum(top + 8 + reach, rows), 0), 8) * 8
     last_y = tl.maximum(last_y // block_height(BLOCK_M), first_y)
     first_x = tl.maximum(left - reach, 0) // 16 * 16 // block_width(BLOCK_M)
-    last_x = tl.cdiv(tl.minimum(left + block_width(BLOCK_N) + reach, width), 16) * 16
+    last_x = tl.cdiv(tl.minimum(left + 16 + reach, width), 16) * 16
     return first_y, last_y, first_x, last_x // block_width(BLOCK_M)
 
 
@@ -649,9 +650,8 @@ def _plan_kernel(
         dy, dx = tl.maximum(dy, 0).to(tl.float32)[:, None], tl.maximum(dx, 0).to(tl.float32)
         bound = bound - c * (dy * dy + dx * dx) - floor[:, None]
         worst = tl.max(tl.where(inside[:, None], bound, float("-inf")), axis=0)  # [CHUNK]
-        gap = tl.maximum(tile_y * 8 - (first_row + top) - 7, first_row + top - tile_y * 8 - 7)
-        gap = tl.maximum(gap, tl.maximum(tile_x * 8 - left - 15, left - tile_x * 8 - 7))
-        its_ring = tl.where(present, (tl.maximum(gap, 0) + 7) // 8, RINGS)
+        gap = _gap(first_row + top, left, tile_y * 8, tile_x * 8)
+        its_ring = tl.where(present, (gap + 7) // 8, RINGS)
         here = its_ring[:, None] == ring[None, :]
         its_mass = tl.exp2(tl.minimum(worst, 100)) * 64
         mass += tl.sum(tl.where(here, its_mass[:, None], 0.0), axis=0)
@@ -708,7 +708,7 @@ def _reach_kernel(
         present = query_tile < query_tiles
         halo = tl.load(halo_ptr + image * query_tiles + query_tile, mask=present, other=-1)
         query_y, query_x = block_origin(query_tile, tiles_x, 128)
-        gap = _gap(first_row + query_y, query_x, key_y, key_x, 64)
+        gap = _gap(first_row + query_y, query_x, key_y, key_x)
         reach = tl.maximum(reach, tl.where(gap <= halo, gap, -1))
     tl.store(reach_ptr + image * tl.num_programs(0) + tile, tl.max(reach, axis=0))
 
@@ -842,7 +842,6 @@ class Result(NamedTuple):
     o: Tensor  # [B, T, h, W, D]
     displacement: Tensor  # [B, T, h, W, 2] float32; [0] unless asked for
     lse: Tensor  # [B, T, h, W] float32
-    lse_bias: Tensor  # gate form: that of the bias form's logits; else [0]
     halo: Tensor  # the plan
 
 
@@ -856,8 +855,8 @@ def visited_fraction(result: Result, q: Tensor, k: Tensor, first_row: int) -> Te
     queries = (rows - top).clamp(0, TILE) * (width - left).clamp(0, PAIR)
 
     def keys(start: Tensor, length: int, size: int) -> Tensor:
-        first = (start - halo).clamp(min=0) // TILE * TILE
-        return ((start + length + halo + TILE - 1) // TILE * TILE).clamp(max=size) - first
+        first = (start - halo).clamp(min=0) // length * length
+        return ((start + length + halo + length - 1) // length * length).clamp(max=size) - first
 
     pairs = queries * keys(top + first_row, TILE, height) * keys(left, PAIR, width)
     return pairs.sum() / (frames.B * frames.T * rows * width * height * width)
@@ -882,7 +881,7 @@ def forward(
         q, k, v, sigma, scale, gaussian, offsets, first_row: as in the reference; D is one of
             HEADS, the type one of DTYPES.
         tolerance: eta of the certificate; 0 visits every pair.
-        radius: visit the key tiles within this many pixels of a query tile instead.
+        radius: visit the tiles of keys within this many pixels of a query tile instead.
     """
     frames, c = _Frames.of(q, k, first_row), _steepness(sigma)
     q, k, v = to_tiles(_scaled(q, scale)), to_tiles(k), to_tiles(v)
@@ -901,12 +900,12 @@ def forward(
         *tables[2:], **_constants(frames, k, OFFSETS=offsets), **config,
     )  # fmt: skip
     if gaussian == "bias":
-        return Result(o, displacement, lse, lse.new_empty(0), halo)
+        return Result(o, displacement, lse, halo)
     plain = _plain_lse(q, k, frames)
     gate = (lse - plain).exp_()[..., None]
     if offsets:
         displacement *= gate
-    return Result((o * gate).to(o.dtype), displacement, plain, lse, halo)
+    return Result((o * gate).to(o.dtype), displacement, plain, halo)
 
 
 def _scaled(q: Tensor, scale: Tensor) -> Tensor:
@@ -986,16 +985,12 @@ def backward(
     inner = (do.float() * result.o).sum(-1)
     if offsets:
         inner = inner + (dd * result.displacement).sum(-1)
-    if gaussian == "bias":
-        lse, delta = result.lse, inner - dlse
-    else:
-        lse, delta = result.lse_bias, torch.zeros_like(inner)
-        gate = (result.lse_bias - result.lse).exp()[..., None]
-        do, dd = (do * gate).to(do.dtype), dd * gate if offsets else dd
+    delta = inner - dlse
     operands = _Operands(
         to_tiles(_scaled(q, scale)), to_tiles(k), to_tiles(v), to_tiles(do),
         to_tiles(_displacement_columns(dd, k)) if offsets else k.new_empty(0),
-        *_rows(lse, delta),
+        to_tiles((result.lse * LOG2_E)[..., None], float("inf")),  # P is zero beyond the frame
+        to_tiles((delta if gaussian == "bias" else torch.zeros_like(delta))[..., None]),
     )  # fmt: skip
     halo = result.halo
     dq, moment = _launch_dq(operands, c, halo, frames, offsets)
@@ -1003,8 +998,7 @@ def backward(
     dk, dv = _launch_dkv(operands, c, halo, _reach(halo, frames), frames, offsets, wide)
     if gaussian == "gate":
         everything = max(frames.height, frames.width)
-        lse, delta = _rows(result.lse, inner - dlse)
-        operands = operands._replace(lse=lse, delta=delta)
+        operands = operands._replace(delta=to_tiles(delta[..., None]))
         halo = torch.full_like(halo, everything)
         reach = halo.new_full((frames.B, frames.T, frames.key_tiles), everything)
         dq += _launch_dq(operands, None, halo, frames, False)[0]
@@ -1012,12 +1006,6 @@ def backward(
     dscale = (dq * q).sum()
     dsigma = moment.sum() / sigma**3
     return Gradients((dq * scale).to(q.dtype), dk.to(k.dtype), dv, dsigma, dscale)
-
-
-def _rows(lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Tiles of one number per query; beyond the frame P = exp2(s - lse) is zero."""
-    lse = to_tiles((lse * LOG2_E)[..., None], float("inf"))
-    return lse, to_tiles(delta[..., None])
 
 
 def _displacement_columns(dd: Tensor, like: Tensor) -> Tensor:
@@ -1098,41 +1086,73 @@ _POINTERS = {  # of another type than q, k and v
     "displacement_ptr": "fp32",
     "dq_ptr": "fp32",
     "moment_ptr": "fp32",
+    "radius_ptr": "fp32",
+    "length_ptr": "fp32",
+    "longest_ptr": "fp32",
     "halo_ptr": "i32",
     "reach_ptr": "i32",
 }
 
 
-def compile_jobs(d: int, dtype: torch.dtype, config: dict) -> dict[str, tuple]:
+def compile_jobs(d: int, dtype: torch.dtype, config: dict, arch: str) -> dict[str, tuple]:
     """All that is needed to compile each kernel for a GPU that is not there.
 
     Args:
         d: channels.
         dtype: of q, k and v.
         config: launch options, the same for every kernel.
+        arch: one of tuning.ARCHITECTURES.
 
     Returns:
         By kernel: the function, the types of its arguments, the values of its constants and the
-        names of the arguments that are multiples of 16.
+        names of the arguments that are multiples of 16. A name with a colon is a variant of the
+        kernel before the colon, with its configuration: with offsets, and the gate form's second.
     """
     exact = dtype == torch.float32
     blocks = {"D": d, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"], "EXACT": exact}
-    backward = {**blocks, "OFFSETS": True, "PLAIN": False}
     specialize = config.get("WARP_SPECIALIZE", False)
-    kernels = {
-        "cross_frame_forward": (
-            _forward_kernel, {**blocks, "OFFSETS": True, "WARP_SPECIALIZE": specialize},
-        ),
-        "cross_frame_lse": (_lse_kernel, blocks),
-        "cross_frame_dq": (_dq_kernel, backward),
-        "cross_frame_dkv": (_dkv_kernel, backward),
-    }  # fmt: skip
-    jobs = {}
-    for name, (kernel, constants) in kernels.items():
-        arguments = [x for x in kernel.arg_names if x not in constants]
-        pointers = [x for x in arguments if x.endswith("_ptr")]
-        signature = dict.fromkeys(arguments, "i32") | {
-            x: f"*{_POINTERS.get(x, _TYPES[dtype])}" for x in pointers
-        }
-        jobs[name] = kernel, signature, constants, [*pointers, "q_pixels", "k_pixels"]
-    return jobs
+    kernels: dict[str, tuple[Any, dict]] = {"cross_frame_lse": (_lse_kernel, blocks)}
+    for variant, offsets, plain in (
+        ("", False, False),
+        (":offsets", True, False),
+        (":gate", False, True),
+    ):
+        kernels["cross_frame_dq" + variant] = (
+            _dq_kernel,
+            {**blocks, "OFFSETS": offsets, "PLAIN": plain},
+        )
+        kernels["cross_frame_dkv" + variant] = (
+            _dkv_kernel,
+            {**blocks, "OFFSETS": offsets, "PLAIN": plain},
+        )
+        if not plain:
+            kernels["cross_frame_forward" + variant] = (
+                _forward_kernel,
+                {**blocks, "OFFSETS": offsets, "WARP_SPECIALIZE": specialize},
+            )
+    return {name: _job(*kernel, dtype) for name, kernel in kernels.items()}
+
+
+def prepass_jobs(d: int, dtype: torch.dtype) -> dict[str, tuple]:
+    """The same of the kernels that run before the attention; they have no configuration."""
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 64}
+    kernels: dict[str, tuple[Any, dict]] = {
+        "key_table": (_key_table_kernel, {"BLOCK_N": 64}),
+        "query_table": (_query_table_kernel, blocks),
+        "key_tile": (_key_tile_kernel, {"D": d}),
+        "plan": (_plan_kernel, {"D": d, "RINGS": 128, "CHUNK": 16}),
+        "reach": (_reach_kernel, {"CHUNK": 256}),
+    }
+    return {name: _job(*kernel, dtype) for name, kernel in kernels.items()}
+
+
+def _job(kernel: Any, constants: dict, dtype: torch.dtype) -> tuple:
+    arguments = [x for x in kernel.arg_names if x not in constants]
+    pointers = [x for x in arguments if x.endswith("_ptr")]
+    signature = dict.fromkeys(arguments, "i32") | {
+        x: f"*{_POINTERS.get(x, _TYPES[dtype])}" for x in pointers
+    }
+    if "eta" in signature:
+        signature["eta"] = "fp32"
+    pixels = [x for x in ("q_pixels", "k_pixels") if x in arguments]
+    return kernel, signature, constants, [*pointers, *pixels]

@@ -27,6 +27,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale
 HEADS = (16, 32, 64, 128)  # supported D
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+AMD = torch.version.hip is not None
 PROGRAMS = 256  # that share the pixels of dm, about two for each core of a large GPU
 
 
@@ -217,10 +218,10 @@ def _backward_kernel(
         )  # fmt: skip
 
 
-def _options(config: dict, n: int, dtype: torch.dtype, loss: bool) -> dict:
+def _options(config: dict, n: int, dtype: torch.dtype, loss: bool, amd: bool) -> dict:
     """The constexprs of both kernels but D, and the launch options."""
     # float32 in three tensor-core products; AMD's matrix units take it as it is
-    precision = "tf32x3" if dtype == torch.float32 and not torch.version.hip else "ieee"
+    precision = "tf32x3" if dtype == torch.float32 and not amd else "ieee"
     blocks = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
     launch = {name: config[name] for name in ("num_warps", "num_stages")}
     even = n % config["BLOCK_N"] == 0
@@ -252,7 +253,7 @@ def forward(
     with torch.cuda.device_of(q):
         _forward_kernel[(tiles,)](
             q, memory, scale, out, lse, delta, sums, pixels.numel(), n,
-            D=d, **_options(config, n, q.dtype, loss),
+            D=d, **_options(config, n, q.dtype, loss, AMD),
         )  # fmt: skip
     return out, lse, delta, sums
 
@@ -290,13 +291,13 @@ def backward(
         _backward_kernel[(pixel_tiles + chunks * entry_tiles,)](
             q, memory, scale, do, y, lse, delta, upstream, dq, dm, dscale,
             pixels, n, pixel_tiles, chunk_tiles,
-            D=d, **_options(config, n, q.dtype, y is None),
+            D=d, **_options(config, n, q.dtype, y is None, AMD),
         )  # fmt: skip
     return dq, dm.sum(0).to(memory.dtype), dscale.sum()
 
 
 def compile_jobs(
-    d: int, dtype: torch.dtype, config: dict
+    d: int, dtype: torch.dtype, config: dict, arch: str
 ) -> dict[str, tuple[triton.JITFunction, dict[str, str], dict, list[str]]]:
     """All that compiling the kernels takes: function, signature, constexprs, multiples of 16.
 
@@ -313,7 +314,9 @@ def compile_jobs(
     jobs = {}
     for name, missing in absent.items():
         kernel = _forward_kernel if "forward" in name else _backward_kernel
-        options = _options(config, config["BLOCK_N"], dtype, name.endswith("loss"))
+        options = _options(
+            config, config["BLOCK_N"], dtype, name.endswith("loss"), arch.startswith("gfx")
+        )
         constexprs = {"D": d, **options, **dict.fromkeys(missing)}
         constexprs = {key: constexprs[key] for key in kernel.arg_names if key in constexprs}
         signature = {

@@ -93,7 +93,7 @@ class Request(NamedTuple):
 def compile_request(request: Request) -> dict[str, Compiled | str]:
     """The kernel and its variants, by name; a string says why one does not compile."""
     kernel, arch, d, dtype, config = request
-    every = jobs(kernel, d, dtype, config)
+    every = jobs(kernel, d, dtype, config, arch)
     return {name: compile_job(job, config, arch) for name, job in every.items()}
 
 

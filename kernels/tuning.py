@@ -38,7 +38,7 @@ _HOPPER = {
     "cross_frame_forward": (128, 128, 4, 2),
     "cross_frame_lse": (128, 128, 4, 2),
     "cross_frame_dq": (128, 128, 8, 2),
-    "cross_frame_dkv": (128, 128, 8, 2),
+    "cross_frame_dkv": (64, 64, 4, 2),
     "memory_forward": (64, 64, 4, 3),
     "memory_backward": (64, 64, 4, 2),
 }
@@ -46,7 +46,7 @@ _HOPPER_128 = {  # D = 128
     "cross_frame_forward": (128, 64, 4, 2),
     "cross_frame_lse": (128, 64, 8, 2),
     "cross_frame_dq": (128, 64, 8, 2),
-    "cross_frame_dkv": (64, 128, 8, 2),
+    "cross_frame_dkv": (32, 64, 4, 2),
     "memory_forward": (128, 64, 8, 2),
     "memory_backward": (64, 32, 4, 2),
 }
@@ -57,6 +57,10 @@ _AMPERE = {
     "cross_frame_dkv": (32, 64, 4, 2),
     "memory_forward": (64, 64, 4, 2),
     "memory_backward": (64, 64, 4, 2),
+}
+_AMPERE_32 = _AMPERE | {  # D = 16 and 32
+    "cross_frame_forward": (128, 64, 4, 3),
+    "cross_frame_dq": (128, 64, 8, 2),
 }
 _AMPERE_128 = {
     "cross_frame_forward": (128, 64, 8, 2),
@@ -185,7 +189,7 @@ def default_config(kernel: str, arch: str, d: int, dtype: torch.dtype) -> dict:
     elif arch == "sm_90":
         table = _HOPPER if d <= 64 else _HOPPER_128
     else:
-        table = _AMPERE if d <= 64 else _AMPERE_128
+        table = _AMPERE_32 if d <= 32 else _AMPERE if d == 64 else _AMPERE_128
     block_m, block_n, warps, stages = table[kernel]
     return {
         "BLOCK_M": block_m,

@@ -159,11 +159,11 @@ def _attend(
     first_row: int,
     backend: str,
     count: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`cross_frame_attention` on checked arguments: o, displacement, lse, visited, two for Triton.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`cross_frame_attention` on checked arguments: o, displacement, lse, visited, Triton's plan.
 
-    The displacement is [0] without `offsets`, visited is not a number without `count`; the last
-    two are the log-sum-exp of the bias form ([0] but in the gate form) and the plan.
+    The displacement is [0] without `offsets`, visited is not a number without `count`, the plan
+    is [0] on other backends.
     """
     options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
     if backend == "triton":
@@ -172,13 +172,13 @@ def _attend(
         with torch.cuda.device_of(q):
             result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
             visited = cross_frame.visited_fraction(result, q, k, first_row) if count else None
-        return *result[:3], _visited(visited, q), *result[3:]
+        return *result[:3], _visited(visited, q), result.halo
     attend, options = _in_pytorch(backend, options, tolerance)
     o, displacement, lse, visited = attend(q, k, v, sigma, scale, **options)
     displacement = lse.new_empty(0) if displacement is None else displacement.to(sigma.dtype)
     return (
         o.contiguous(), displacement.contiguous(), lse.to(sigma.dtype).contiguous(),
-        _visited(visited, q), sigma.new_empty(0), q.new_empty(0, dtype=torch.int32),
+        _visited(visited, q), q.new_empty(0, dtype=torch.int32),
     )  # fmt: skip
 
 
@@ -209,7 +209,6 @@ def _(q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, backend, c
         sigma.new_empty((*shape, 2) if offsets else (0,)),
         sigma.new_empty(shape),
         sigma.new_empty((), dtype=torch.float64),
-        sigma.new_empty(shape if triton and gaussian == "gate" else (0,)),
         q.new_empty((b, k.shape[1], tiles) if triton else (0,), dtype=torch.int32),
     )
 
@@ -227,7 +226,6 @@ def _attend_backward(
     o: Tensor,
     displacement: Tensor,
     lse: Tensor,
-    lse_bias: Tensor,
     plan: Tensor,
     gaussian: str,
     offsets: bool,
@@ -241,7 +239,7 @@ def _attend_backward(
     if backend == "triton":
         from .kernels import cross_frame
 
-        result = cross_frame.Result(o, displacement, lse, lse_bias, plan)
+        result = cross_frame.Result(o, displacement, lse, plan)
         with torch.cuda.device_of(q):
             return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
     attend, options = _in_pytorch(backend, options, tolerance)
@@ -267,10 +265,10 @@ def _(do, dd, dlse, q, k, v, sigma, scale, *rest):
 
 def _save(ctx, inputs, output):
     *tensors, gaussian, offsets, tolerance, first_row, backend, _ = inputs
-    o, displacement, lse, visited, *rest = output
-    ctx.save_for_backward(*tensors, o, displacement, lse, *rest)
+    o, displacement, lse, visited, plan = output
+    ctx.save_for_backward(*tensors, o, displacement, lse, plan)
     ctx.options = gaussian, offsets, tolerance, first_row, backend
-    ctx.mark_non_differentiable(visited, *rest)
+    ctx.mark_non_differentiable(visited, plan)
 
 
 def _differentiate(ctx, *grads):
@@ -340,6 +338,8 @@ def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
     if q.dtype not in TOLERANCE:
         raise ValueError(f"q must be a floating-point tensor, got {q.dtype}")
     b, rows, width, d = q.shape
+    if not width * d:
+        raise ValueError(f"q must be [B, H, W, D] with W and D at least 1, got {list(q.shape)}")
     for name, x in (("k", k), ("v", v)):
         _check_like(name, x, q)
         fits = x.ndim == 5 and (x.shape[0], *x.shape[3:]) == (b, width, d) and x.shape[1] > 0
@@ -384,4 +384,7 @@ def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     elif math.isnan(value):
         raise ValueError(f"{name} must be a number, got nan")
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.as_tensor(value, dtype=dtype, device=like.device)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    # written by the device: a copy would wait for it, and cannot be part of a CUDA graph
+    return torch.full((), value, dtype=dtype, device=like.device)

@@ -1,7 +1,11 @@
 """Inputs of the attention that its tests share, and what is computed of them."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,25 @@ NAMES = ("o", "displacement", "lse", "dq", "dk", "dv", "dsigma", "dscale")
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def run_suite(name: str, interpret: bool) -> None:
+    """Run a file of tests of the kernels in a process of its own, in the interpreter or not."""
+    suite = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(suite)]
+    command += ["-W", "ignore::pytest.PytestConfigWarning"]
+    choices = {
+        "TRITON_INTERPRET": str(int(interpret)),
+        "OMP_NUM_THREADS": "1",
+        # the suites' poison comes with deterministic algorithms, for which cuBLAS wants this
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    result = subprocess.run(
+        command, cwd=suite.parent.parent, env={**os.environ, **choices},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
 
 
 class Case(NamedTuple):

@@ -551,6 +551,10 @@ REFUSED = {
         "must lie in a frame of 4 rows, got first_row=3 and h=2",
     ),
     "band-before": ({"first_row": -1}, "must lie in a frame of 4 rows, got first_row=-1 and h=4"),
+    "no-columns": (
+        {"q": torch.zeros(1, 4, 0, 16)},
+        "q must be [B, H, W, D] with W and D at least 1, got [1, 4, 0, 16]",
+    ),
     "sigma-zero": ({"sigma": 0.0}, "sigma must be > 0 (infinity allowed), got 0.0"),
     "sigma-negative": (
         {"sigma": torch.tensor(-1.5)},

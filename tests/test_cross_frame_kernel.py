@@ -3,14 +3,13 @@
 What is tested of the kernels stands in interpreted_cross_frame.py.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import draw
+from attention_cases import draw, run_suite
 from oracle import assert_as_accurate
 from torch import nn
 from torch.library import opcheck
@@ -18,37 +17,25 @@ from torch.library import opcheck
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
 
-SUITE = Path(__file__).with_name("interpreted_cross_frame.py")
+SUITE = "interpreted_cross_frame.py"
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
 PYTORCH = pytest.mark.parametrize("backend", ["tiled", "reference"])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run_suite(interpret: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(SUITE)]
-    command += ["-W", "ignore::pytest.PytestConfigWarning"]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=SUITE.parent.parent, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same tests")
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="no Triton on this platform")
-    run_suite("1")
+    run_suite(SUITE, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_the_gpu():
-    run_suite("0")
+    run_suite(SUITE, interpret=False)
 
 
 # --- one operator for every backend
@@ -171,7 +158,7 @@ def test_nothing_imports_triton_before_it_is_needed():
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(
-        command, cwd=SUITE.parent.parent, capture_output=True, text=True, check=False
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
 
