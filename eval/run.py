@@ -716,8 +716,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     console.print(f"{name}: {upscaler.description}")
     rows: list[bench.Row] = []
-    for title, table in bench.compare(device, upscaler.precision, args.full):
-        bench.show(table, title)
+    for title, caption, table in bench.compare(device, upscaler.precision, args.full):
+        bench.show(table, title, caption)
         rows += table
     try:
         write_atomically(args.plot, bench.plot(rows, name, args.plot.suffix[1:]))
