@@ -738,8 +738,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     args = parse_args()
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be in no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # a closed terminal and a polite kill stop it as Ctrl-C does
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.default_int_handler)
