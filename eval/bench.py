@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +49,7 @@ from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
 from mana_triton.checkpoint import named_weights
 from mana_triton.kernels import reference
 from mana_triton.model import SCALE
-from mana_triton.stream import DTYPES, Upscaler
+from mana_triton.stream import DTYPES, TOLERANCE, Upscaler
 from mana_triton.video import open_reader, open_writer
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
@@ -305,10 +306,11 @@ def run_infer(clip: Path, threads: int) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def show(rows: list[Row], title: str | None = None) -> None:
-    """The table, on stdout."""
+def show(rows: list[Row], title: str | None = None, caption: str | None = None) -> None:
+    """The table, on stdout, with a line under it."""
     units = {
         "ms": "ms", "p20": "p20", "p80": "p80", "runs": "runs", "fps": "fps",
+        "gflop_per_s": "GFLOP/s", "gb_per_s": "GB/s",
         "times_faster": "x faster", "noise_percent": "noise %", "percent_of_floor": "% of floor",
         "extra_mib": "extra MiB",
         "peak_mib": "peak MiB", "relative_error": "rel. error", "over_torch_ms": "over torch, ms",
@@ -316,6 +318,7 @@ def show(rows: list[Row], title: str | None = None) -> None:
     }  # fmt: skip
     used = [key for key in units if any(row.get(key) is not None for row in rows)]
     table = Table("", *(units[key] for key in used), title=title, title_justify="left")
+    table.caption, table.caption_justify = caption, "left"
     for row in rows:
         cells = ("" if (x := row.get(key)) is None else x for key in used)
         table.add_row(
@@ -332,13 +335,15 @@ def show(rows: list[Row], title: str | None = None) -> None:
 
 # ---- run.py --bench: this device against the paper
 
-PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0}  # its code path and type are not
+PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0, "note": "code path, type unpublished"}
 SMALL_SIZES = ((16, 28), (32, 56), SIZE)  # low-resolution rows and columns
 LARGE_SIZES = ((144, 180), (270, 480), (540, 960))
 DENSE_PIXELS = 144 * 180  # beyond, visiting every pair takes minutes on a CPU
 STAGES = ("encoder", "cross-frame attention", "memory", "decoder", "upsampler")
 SECONDS = {"attention": 45, "paper": 110, "tiny": 12, "stages": 12}  # of one group of variants
 DEADLINE = 270  # seconds after which nothing more is begun without --full
+CONTENT = "frames of the demo clip"
+BOUND = "SDPA, no Gaussian"
 FLEX_NOTE = "not run: compiling it for a CPU takes minutes"
 
 
@@ -406,8 +411,8 @@ def _extra_peak(run: Callable, device: torch.device) -> float | None:
     return _resident_peak(run)
 
 
-def find_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """The fastest of 20 products of square matrices and of 20 copies."""
+def find_ceiling(device: torch.device, dtype: torch.dtype) -> tuple[Ceiling, list[Row]]:
+    """The fastest of 20 products of square matrices and of 20 copies, and rows that say so."""
     side, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 26)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(length, dtype=torch.uint8, device=device)
@@ -419,11 +424,20 @@ def find_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
             begin = _mark(device)
             run()
             ms[name].append(_elapsed(begin, _mark(device)))
-    return Ceiling(2 * side**3 / min(ms["product"]), 2 * length / min(ms["copy"]))
+    product, copy = min(ms["product"]), min(ms["copy"])
+    ceiling = Ceiling(2 * side**3 / product, 2 * length / copy)
+    return ceiling, [
+        {
+            "what": f"product, {side}x{side}",
+            "ms": product,
+            "gflop_per_s": ceiling.flop_per_ms / 1e6,
+        },
+        {"what": f"copy, {length >> 20} MiB", "ms": copy, "gb_per_s": ceiling.bytes_per_ms / 1e6},
+    ]
 
 
 def measure(variants: dict[str, Callable], device: torch.device, seconds: float) -> Measured:
-    """Time the variants in turn, for about this long.
+    """Time the variants in turn, a b and then b a, for about this long.
 
     The first round warms up and finds the memory. There are at most 30 rounds on a CPU, 200 on a
     GPU after ten more to warm up, and at least one.
@@ -435,7 +449,7 @@ def measure(variants: dict[str, Callable], device: torch.device, seconds: float)
     now, last = time.perf_counter(), 0.0
     while len(rounds) <= warm or (len(rounds) < most + warm and now + last - began < seconds):
         rounds.append({})
-        for name, run in variants.items():
+        for name, run in list(variants.items())[:: 1 if len(rounds) % 2 else -1]:
             begin = _mark(device)
             run()
             rounds[-1][name] = _elapsed(begin, _mark(device))
@@ -483,15 +497,21 @@ def floor_ms(
     projections = 2 * conv(c, d, area=1)
     return {
         "encoder": encodes * (conv(3, c) + config.encoder_blocks * block + projections),
-        "cross-frame attention": ceiling.ms(
-            4 * d * visited * t * n * n, itemsize * (1 + 3 * t) * n * d
-        ),
+        "cross-frame attention": attention_floor_ms(n, d, t, ceiling, itemsize, visited),
         "memory": ceiling.ms(4 * d * slots * n, itemsize * (2 * n + slots) * d),
         "decoder": config.decoder_blocks * block,
         "upsampler": conv(c, 4 * c) + conv(c, 2 * c, 4 * n) + conv(c // 2, c // 2, 16 * n)
         + conv(c // 2, 3, 16 * n),
         "rest": conv(c, d, area=1) + conv(t * values, c, area=1) + conv(d, c, area=1),
     }  # fmt: skip
+
+
+def attention_floor_ms(
+    pixels: int, channels: int, frames: int, ceiling: Ceiling, itemsize: int, visited: float
+) -> float:
+    """Least milliseconds of the attention, if it visits this fraction of all pairs."""
+    flop = 4 * channels * visited * frames * pixels**2
+    return ceiling.ms(flop, itemsize * (1 + 3 * frames) * pixels * channels)
 
 
 # the operation by itself, as others would write it
@@ -506,6 +526,13 @@ def _compiled_flex() -> Callable:
 
 def _flex(*inputs: Tensor) -> Tensor:
     return peers.flex(*inputs, attend=_compiled_flex())
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+    """Fused attention without the Gaussian: another result, but what all pairs cost at least."""
+    wide_q = (q * scale.to(q.dtype)).flatten(1, 2)[:, None].expand(-1, k.shape[1], -1, -1)
+    o = F.scaled_dot_product_attention(wide_q, k.flatten(2, 3), v.flatten(2, 3), scale=1.0)
+    return o.unflatten(2, k.shape[2:4])
 
 
 def check_attention(name: str, actual: Tensor, inputs: list[Tensor], dense: Tensor) -> float:
@@ -538,7 +565,10 @@ def check_attention(name: str, actual: Tensor, inputs: list[Tensor], dense: Tens
 def compare_attention(
     size: tuple[int, int], backend: str, setting: Setting, seconds: float
 ) -> list[Row]:
-    """D=64, T=7, sigma=4, logits q.k/8: ours and what else PyTorch offers, checked, then timed."""
+    """D=64, T=7, sigma=4, logits q.k/8: ours and what else PyTorch offers, checked, then timed.
+
+    Floors are those of the pairs that a variant visits: all, or what ours needs for these inputs.
+    """
     torch.manual_seed(0)
     device, dtype = setting.device, setting.dtype
     flex = device.type == "cuda"
@@ -561,12 +591,26 @@ def compare_attention(
         wrong[name] = check_attention(name, actual, inputs, dense)
     del dense
     _squared_distances.cache_clear()
-    variants = {name: functools.partial(f, *inputs) for name, f in functions.items()}
+    visited: float = cross_frame_attention(
+        *inputs[:4], scale=inputs[4], backend=backend, return_visited=True
+    )[1]
+    variants = {
+        name: functools.partial(f, *inputs) for name, f in ({BOUND: _unmasked} | functions).items()
+    }
     measured = measure(variants, device, seconds)
-    floor = setting.ceiling.ms(4 * 64 * 7 * (size[0] * size[1]) ** 2, 0)  # of all pairs
-    rows = measured_rows(measured, "dense eager", dict.fromkeys(functions, floor))
+    floors = {
+        name: attention_floor_ms(
+            size[0] * size[1], 64, 7, setting.ceiling, dtype.itemsize,
+            visited if name.startswith("ours") else 1.0,
+        )
+        for name in variants
+    }  # fmt: skip
+    rows = measured_rows(measured, "dense eager", floors)
     for row in rows:
-        row["relative_error"] = wrong[str(row["what"])]
+        row["relative_error"] = wrong.get(str(row["what"]))
+        if str(row["what"]).startswith("ours"):
+            row["note"] = f"visits {100 * visited:.2g} % of the pairs"
+    rows[0]["note"] = "another result: a bound for all pairs"
     if not flex:
         rows.append({"what": "FlexAttention", "ms": None, "note": FLEX_NOTE})
     return rows
@@ -623,7 +667,10 @@ def naive_frame(model: MANA, window: Tensor) -> Tensor:
 def compare_frame(
     preset: str, size: tuple[int, int], setting: Setting, visited: float, seconds: float
 ) -> list[Row]:
-    """Milliseconds per frame: the naive way, ours in steps, one frame at a time and several."""
+    """Milliseconds per frame: the naive way, ours in steps, one frame at a time and several.
+
+    One streamed frame is the latency, several at once are the throughput.
+    """
     model, (device, precision, ceiling), dtype = _network(preset), setting, setting.dtype
     options = {"device": device, "precision": precision, "scene_cuts": False}
     one, dense = (Upscaler(model, workers=1, **options) for _ in range(2))
@@ -668,7 +715,13 @@ def compare_frame(
         for name, of in work.items()
     }
     rows = measured_rows(measured, "naive, fp32", floors)
-    return [row | {"fps": 1000 / row["ms"]} for row in rows] + notes
+    for row in rows:
+        row["fps"] = 1000 / row["ms"]
+        if str(row["what"]).startswith("ours, streamed"):
+            row["note"] = "latency: one frame at a time"
+        elif row["what"] in several:
+            row["note"] = "throughput: several at once"
+    return rows + notes
 
 
 def _skipped(what: str, why: str) -> Row:
@@ -772,44 +825,68 @@ def compare_video(size: tuple[int, int], frames: int = 12, rounds: int = 3) -> l
                     for rgb, frame in zip(large, decoded, strict=True):
                         writer.write(rgb, frame)
                 ms["video out"].append(1000 * (time.perf_counter() - began) / frames)
-    return [summarize(name, times[1:]) | {"runs": rounds} for name, times in ms.items()]
+    rows = [summarize(name, times[1:]) | {"runs": rounds} for name, times in ms.items()]
+    rows[1]["note"] = "encodes the nearest-neighbor enlargement"
+    return rows
 
 
-def compare(device: torch.device, precision: str, full: bool) -> Iterator[tuple[str, list[Row]]]:
-    """Titles and rows of all tables of `run.py --bench`, each as soon as it is measured."""
+def _conditions(preset: str, precision: str) -> dict[str, Any]:
+    """What the tables of a preset are measured with."""
+    weights = "shipped" if preset in named_weights() else "random"
+    return {"weights": weights, "content": CONTENT, "tolerance": TOLERANCE, "dtype": precision}
+
+
+def compare(
+    device: torch.device, precision: str, full: bool
+) -> Iterator[tuple[str, str, list[Row]]]:
+    """Title, caption and rows of each table of `run.py --bench`, as soon as it is measured."""
     progress, began = Console(stderr=True, highlight=False), time.perf_counter()
     if device.type == "cpu":
         host.tune()  # as the command does
-    setting = Setting(device, precision, find_ceiling(device, DTYPES[precision]))
+    ceiling, rows = find_ceiling(device, DTYPES[precision])
+    setting = Setting(device, precision, ceiling)
+    rows = [{"part": "ceiling", "dtype": precision, **row} for row in rows]
+    yield "Ceilings of this device", f"fastest of 20, {precision}; floors are at these", rows
     patience = 3 if full else 1
     backend = Upscaler("tiny", device=device, precision=precision).backend
 
-    def labeled(rows: list[Row], part: str, size: tuple[int, int], **more: str | None) -> list[Row]:
+    def labeled(rows: list[Row], part: str, size: tuple[int, int], **more: Any) -> list[Row]:
         shape = {"width": SCALE * size[1], "height": SCALE * size[0]}
         return [{"part": part, **shape, "dtype": precision, **more, **row} for row in rows]
 
     progress.print("measuring the attention")
     rows = compare_attention(SIZE, backend, setting, patience * SECONDS["attention"])
-    yield f"Attention at {SIZE[0]}x{SIZE[1]}, T=7, D=64, sigma=4", labeled(rows, "attention", SIZE)
+    tolerance = mana_triton.attention.TOLERANCE[DTYPES[precision]]
+    conditions = {"content": "normal random q, k, v", "tolerance": tolerance}
+    yield (
+        f"Attention at {SIZE[0]}x{SIZE[1]}, T=7, D=64, sigma=4",
+        f"normal random q, k, v, logits q.k/8; tolerance of ours {tolerance:g}; {precision}",
+        labeled(rows, "attention", SIZE, **conditions),
+    )
     for preset in ("paper", "tiny"):
+        conditions = _conditions(preset, precision)
+        caption = "{weights} weights, {content}, tolerance of ours {tolerance:g}, {dtype}".format(
+            **conditions
+        )
         sizes = SMALL_SIZES if preset == "tiny" else (SIZE,)
         for size in sizes + LARGE_SIZES * full:
             name = f"{preset}, {SCALE * size[1]}x{SCALE * size[0]} output"
             if not full and time.perf_counter() - began > DEADLINE:
                 late = {"what": "everything", "ms": None, "note": "not run: out of time"}
-                yield name, labeled([late], "frame", size, preset=preset)
+                yield name, caption, labeled([late], "frame", size, preset=preset)
                 continue
             progress.print(f"measuring {name}")
             rows, visited = compare_stages(preset, size, setting, patience * SECONDS["stages"])
             if size not in SMALL_SIZES[:-1]:
                 rows += compare_video(size)
-                yield f"Stages of a frame: {name}", labeled(rows, "stage", size, preset=preset)
+                rows = labeled(rows, "stage", size, preset=preset, **conditions)
+                yield f"Stages of a streamed frame: {name}", caption, rows
             seconds = patience * SECONDS[preset]
             rows = compare_frame(preset, size, setting, visited, seconds)
-            rows = labeled(rows, "frame", size, preset=preset)
+            rows = labeled(rows, "frame", size, preset=preset, **conditions)
             if (preset, size) == ("paper", SIZE):
                 rows += labeled([PAPER], "frame", size, preset=preset, dtype=None)
-            yield f"Frame: {name}", rows
+            yield f"Frame: {name}", caption, rows
 
 
 def plot(rows: list[Row], title: str, form: str) -> bytes:

@@ -1,17 +1,19 @@
 """Test sets: what is scored in each, and how the frames of other programs are matched to it.
 
 A set is a folder of videos or of folders of frames, nested in any way. Where some folders are named
-after originals (GT, HR, truth, original, target), only those are taken: REDS, UDM10 and SPMCS lie
-beside their low-resolution versions. Some names, written in any way, mean more:
+after originals (GT, HR, truth, original, target), only those are taken: UDM10 and SPMCS lie beside
+their low-resolution versions; a line names what else is left out. Some names, written in any way,
+mean more:
 
     Vimeo-90K           the sequences of sep_testlist.txt, of which only im4 is scored
     Vimeo-90K-Motion    the 6 % of them that move most, by the mean length of their optical flow
-    REDS4               clips 000, 011, 015 and 020 only
+    REDS4               clips 000, 011, 015 and 020 of train_sharp, or of folders as above
 
 The flow of the paper's Vimeo-90K-Motion is not published; ours is `mana_triton.metrics.flow`
 between all seven frames, so that the two lists need not be equal.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -23,14 +25,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 
 from mana_triton.data import VIDEOS, WINDOW, DataError, Source, find_sources
 from mana_triton.metrics import flow
+from mana_triton.video import MediaError, VideoReader
 
 ORIGINALS = frozenset({"gt", "hr", "truth", "original", "target"})
 SHRUNK = frozenset({"lr", "lrx4", "x4", "input", "input4", "bix4", "bdx4", "blur4"})
 VIMEO, MOTION, REDS4 = "vimeo90k", "vimeo90kmotion", "reds4"
+KNOWN = ("Vid4", "SPMCS", "UDM10", "REDS4", "Vimeo-90K", "Vimeo-90K-Motion", "Parkour")
 REDS4_CLIPS = ("000", "011", "015", "020")
+REDS4_FOLDERS = ORIGINALS | {"train_sharp"}  # val_sharp has clips of these numbers, too
 FASTEST = 0.06  # of the test list
 # clips and scored frames of the whole set; scores of a part of it cannot be compared
 WHOLE = {
@@ -44,6 +51,7 @@ WHOLE = {
 }
 MIDDLE = range(WINDOW // 2, WINDOW // 2 + 1)  # what is scored of seven frames
 SAVE_EVERY = 100  # sequences whose motion is known
+console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Footage:
     source: Source
     shape: tuple[int, int, int]  # T, H, W
     scored: range
+
+    @property
+    def middle(self) -> int:
+        """Number of the scored frame that pictures show."""
+        return self.scored[len(self.scored) // 2]
 
     def identity(self) -> dict:
         """What a stored result depends on, without reading the frames."""
@@ -85,9 +98,7 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
     if not (path / "sep_testlist.txt").is_file():
         if plain(name) in (VIMEO, MOTION):
             raise DataError(f"{name} must hold sep_testlist.txt and sequences/, {path} does not")
-        sources = arrange(path, ORIGINALS)
-        if plain(name) == REDS4:
-            sources = _reds4(path, sources)
+        sources = _reds4(path) if plain(name) == REDS4 else arrange(path, ORIGINALS)
         return [_footage(source) for source in sources]
     if plain(name) not in (VIMEO, MOTION):
         raise DataError(
@@ -99,6 +110,14 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
         sources = fastest(sources, cache, executor)
     shape = size_of(sources[0])
     return [Footage(s.name, s, (WINDOW, *shape), MIDDLE) for s in sources]
+
+
+def misspelled(name: str) -> str | None:
+    """A line if this is not the name of a well-known set, but nearly."""
+    near = difflib.get_close_matches(plain(name), WHOLE, 1, cutoff=0.75)
+    if not near or plain(name) in WHOLE:
+        return None
+    return f"{name} is taken as a set of your own; those with a meaning are {', '.join(KNOWN)}"
 
 
 def incomplete(name: str, clips: Sequence[Footage]) -> str | None:
@@ -124,41 +143,73 @@ def arrange(path: Path, wanted: frozenset[str] = frozenset()) -> list[Source]:
         parts = parts.relative_to(path).parts if source.place != path else ()
         files = tuple(sorted(source.files, key=_natural))
         found.append((parts, replace(source, files=files)))
-    chosen = [x for x in found if any(part.lower() in wanted for part in x[0])] or found
+    chosen = [x for x in found if _is_among(x[0], wanted)] or found
+    known = wanted | ORIGINALS | SHRUNK
+    left = ["-".join(parts) for parts, _ in found if not _is_among(parts, known)]
+    if left and len(chosen) < len(found):
+        console.print(
+            f"note: of {path} only what folders named {', '.join(sorted(wanted))} hold is taken; "
+            f"left out: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
+        )
     sources = []
     for parts, source in chosen:
         name = "-".join(part for part in parts if part.lower() not in wanted)
-        sources.append(replace(source, name=name or (path.stem if path.is_file() else path.name)))
+        own = path.stem if path.is_file() else path.resolve().name
+        sources.append(replace(source, name=name or own))
     sources.sort(key=lambda source: _natural(Path(source.name)))
     for a, b in pairwise(sources):
         if a.name == b.name:
-            raise DataError(f"{path} must hold one clip of each name, two are {a.name}; rename one")
+            raise DataError(
+                f"{path} must hold one clip of each name, {a.place} and {b.place} are both "
+                f"{a.name}; rename one"
+            )
     return sources
 
 
+def _is_among(parts: Sequence[str], names: frozenset[str]) -> bool:
+    return any(part.lower() in names for part in parts)
+
+
+def singles(sources: Sequence[Source]) -> list[Source]:
+    """Every picture as a clip of its own: what programs write that enlarge one frame of each."""
+    split = []
+    for source in sources:
+        for file in source.files:
+            name = file.stem if len(sources) == 1 else f"{source.name}-{file.stem}"
+            split.append(replace(source, name=name, place=file, files=(file,)))
+    return split
+
+
 def match(clips: Sequence[Footage], sources: Sequence[Source], where: Path) -> dict[str, Source]:
-    """Each clip's counterpart: the clip of the same name, else of a name that holds it, else order.
+    """Each clip's counterpart: of the same name, else of a name that holds it, else by order.
+
+    A line says so if it is by order.
 
     Raises:
         DataError: neither names nor numbers agree.
     """
-    by_name = {plain(source.name): source for source in sources}
-    for choose in (_equal, _holding):
-        pairs = {clip.name: choose(plain(clip.name), by_name) for clip in clips}
-        chosen = [source.name for source in pairs.values() if source]
+    same = {source.name: source for source in sources}
+    alike = {plain(source.name): source for source in sources}
+    for choose in (
+        same.get,
+        lambda name: alike.get(plain(name)),
+        lambda name: _holding(plain(name), alike),
+    ):
+        pairs = {clip.name: choose(clip.name) for clip in clips}
+        chosen = [source.place for source in pairs.values() if source]
         if len(chosen) == len(set(chosen)) == len(clips):
             return {name: source for name, source in pairs.items() if source}
     if len(sources) != len(clips):
-        missing = [clip.name for clip in clips if plain(clip.name) not in by_name]
+        missing = [clip.name for clip in clips if plain(clip.name) not in alike]
         raise DataError(
             f"{where} must hold one folder or video for each of {len(clips)} clips, it holds "
             f"{len(sources)}; nothing there is named after {', '.join(missing[:3])}"
         )
+    console.print(
+        f"note: the names in {where} are not those of the clips, so they are taken in order: "
+        f"{clips[0].name} is {sources[0].name}, ..., {clips[-1].name} is {sources[-1].name}"
+    )
     return {clip.name: source for clip, source in zip(clips, sources, strict=True)}
-
-
-def _equal(name: str, sources: dict[str, Source]) -> Source | None:
-    return sources.get(name)
 
 
 def _holding(name: str, sources: dict[str, Source]) -> Source | None:
@@ -176,8 +227,18 @@ def size_of(source: Source) -> tuple[int, int]:
 
 
 def count(source: Source) -> int:
-    """Number of frames; a video is read to its end, its header may be wrong."""
-    return sum(1 for _ in source.frames()) if _is_video(source) else len(source.files)
+    """Number of frames; a video is read to its end and must be whole."""
+    if not _is_video(source):
+        return len(source.files)
+    try:
+        reader = VideoReader(source.files[0])
+        frames = sum(1 for _ in reader)
+        reader.close()
+    except MediaError as error:
+        raise DataError(str(error)) from error
+    if reader.truncated:
+        raise DataError(f"{source.place} must be a whole video, {reader.truncated}; copy it again")
+    return frames
 
 
 def _footage(source: Source) -> Footage:
@@ -185,11 +246,25 @@ def _footage(source: Source) -> Footage:
     return Footage(source.name, source, (frames, *size_of(source)), range(frames))
 
 
-def _reds4(path: Path, sources: list[Source]) -> list[Source]:
-    by_clip = {source.name.split("-")[-1]: source for source in sources}
+def _reds4(path: Path) -> list[Source]:
+    by_clip: dict[str, Source] = {}
+    for source in arrange(path, REDS4_FOLDERS):
+        parts = source.place.relative_to(path).parts
+        if len(parts) > 1 and not _is_among(parts, REDS4_FOLDERS):
+            continue
+        clip = source.name.split("-")[-1]
+        if clip in by_clip:
+            raise DataError(
+                f"REDS4 must hold one clip {clip}, got {by_clip[clip].place} and {source.place}; "
+                "pass the folder that holds one of them"
+            )
+        by_clip[clip] = source
     missing = [clip for clip in REDS4_CLIPS if clip not in by_clip]
     if missing:
-        raise DataError(f"REDS4 must hold {', '.join(REDS4_CLIPS)}, {path} lacks {missing[0]}")
+        raise DataError(
+            f"REDS4 must hold {', '.join(REDS4_CLIPS)} in train_sharp, GT or directly, "
+            f"{path} lacks {missing[0]}"
+        )
     return [replace(by_clip[clip], name=clip) for clip in REDS4_CLIPS]
 
 
@@ -216,21 +291,44 @@ def motion(source: Source) -> float:
 def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> list[Source]:
     """The sequences that move most, in the order of the list; what is measured is kept in cache."""
     names = "\n".join(str(source.place.resolve()) for source in sources)
-    file = cache / f"motion-{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    file = cache / f"motion-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json"
+    stamps = {source.name: source.stamp() for source in sources}
+    known = {
+        name: entry["pixels"]
+        for name, entry in load_json(file).items()
+        if isinstance(entry, dict) and entry.get("stamp") == stamps.get(name)
+    }
     missing = [source for source in sources if source.name not in known]
     measure: Callable[..., Iterator[float]] = executor.map if executor else map
-    try:
-        for n, (source, value) in enumerate(zip(missing, measure(motion, missing), strict=True)):
-            known[source.name] = value
-            if n % SAVE_EVERY == 0:
-                write_atomically(file, json.dumps(known).encode())
-    finally:
-        if missing:
-            write_atomically(file, json.dumps(known).encode())
+
+    def save() -> None:
+        entries = {name: {"stamp": stamps[name], "pixels": known[name]} for name in known}
+        write_atomically(file, json.dumps(entries).encode())
+
+    if missing:
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        try:
+            with Progress(*columns, console=console) as progress:
+                task = progress.add_task("measuring motion", total=len(missing))
+                for source, value in zip(missing, measure(motion, missing), strict=True):
+                    known[source.name] = value
+                    progress.advance(task)
+                    if len(known) % SAVE_EVERY == 0:
+                        save()
+        finally:
+            save()
     number = max(1, round(FASTEST * len(sources)))
     chosen = sorted(sources, key=lambda source: -known[source.name])[:number]
     return [source for source in sources if source in chosen]
+
+
+def load_json(file: Path) -> dict:
+    """The object in a file; empty if there is none, or if it is damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -2,7 +2,8 @@
 
 The published cells are only those that we could check; every other cell of the paper's tables is
 shown as missing. The page is one file that loads nothing: pictures are inside it, crops without
-loss, whole frames as JPEG of quality 95.
+loss, whole frames as JPEG of quality 95. Of a set of more than 40 clips whole frames are at most
+640 pixels wide and of quality 75, and of more than 400 only the first 400 have pictures.
 """
 
 import hashlib
@@ -10,15 +11,14 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape as plain_text
 from rich.table import Table
 
-from eval.datasets import Footage, plain
+from eval.datasets import Footage, incomplete, plain
 from mana_triton.data import SCALE
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ SCORES = {  # name -> title, decimals, larger is better
     "tof": ("tOF", 3, False),
 }
 ROWS = {"paper, RGB": ("psnr_rgb", "ssim_rgb", "lpips"), "field, Y": ("psnr_y", "ssim_y")}
+KERNELS = {"paper": "pil_bicubic", "field": "matlab_bicubic"}  # how their tables' inputs were made
+FROM_DISK, UNKNOWN = "LR from disk", "LR unknown"
 TABLE_SETS = ("Vimeo-90K", "Vimeo-90K-Motion", "Vid4", "SPMCS", "Parkour")
 BLURRED = "inputs blurred, then shrunk (BD)"
 # PSNR and SSIM in RGB; the paper's authors ran every method themselves
@@ -45,7 +47,11 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 MEMORY_SIZES = (0, 128, 256, 512, 1024)
 MISSING = "missing"
-PICTURED = 40  # clips of a set whose pictures the page shows; stdout lists no more either
+LISTED = 40  # clips of a set that stdout lists, and that the page shows in full size
+PICTURED = 400  # clips of a set whose pictures the page shows
+SMALL = {"width": 640, "quality": 75, "subsampling": 2}
+LARGE = {"width": None, "quality": 95, "subsampling": 0}
+NAMED = 5  # clips that a note lists
 CROP = 64  # pixels of the original in a crop's side
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 
@@ -61,7 +67,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def rows(results: Results, about: dict[str, dict]) -> list[dict]:
-    """One row per data set and method, each with its clips."""
+    """One row per data set and method, each with its clips; see `perfect` for means of PSNR."""
     groups: dict[tuple[str, str], list[tuple[Unit, dict]]] = {}
     for unit, result in results:
         groups.setdefault((unit.dataset, unit.method), []).append((unit, result))
@@ -69,25 +75,44 @@ def rows(results: Results, about: dict[str, dict]) -> list[dict]:
     for (dataset, method), group in groups.items():
         per_clip = {
             unit.clip.name: {name: _mean(values) for name, values in result["scores"].items()}
+            | {"perfect_frames": _perfect(result["scores"])}
             for unit, result in group
         }
         names = list(group[0][1]["scores"])
+        perfect = {"perfect_frames": sum(_perfect(result["scores"]) for _, result in group)}
+        first = group[0][0]
         frames = {name: [x for _, r in group for x in r["scores"][name]] for name in names}
         hashes = [result["lr_sha256"] for _, result in group]
         known = all(hashes)
         table.append(
             {"dataset": dataset, "method": method, "clips": len(group)}
-            | {"frames": len(frames["psnr_y"])}
+            | {"frames": len(frames["psnr_y"]), **perfect}
+            | {"incomplete": incomplete(dataset, [unit.clip for unit, _ in group])}
+            | {"degradation": _made_by(first)}
             | {name: _mean([scores[name] for scores in per_clip.values()]) for name in names}
-            | {"frame_mean": {name: _mean(values) for name, values in frames.items()}}
+            | {"frame_mean": {name: _mean(values) for name, values in frames.items()} | perfect}
             | {"lr_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest() if known else None}
-            | {"weights_sha256": group[0][0].weights, **about[method], "per_clip": per_clip}
+            | {"weights_sha256": first.weights, **about[method], "per_clip": per_clip}
         )
     return table
 
 
-def _cell(name: str, value: float | None) -> str:
-    return "-" if value is None else f"{value:.{SCORES[name][1]}f}"
+def _perfect(scores: dict[str, list]) -> int:
+    """Number of frames that equal their originals: they have no PSNR, and its mean lacks them."""
+    return sum(value is None for value in scores["psnr_rgb"])
+
+
+def _made_by(unit: "Unit") -> str:
+    """Where the low-resolution frames come from."""
+    if unit.output:
+        return UNKNOWN
+    return FROM_DISK if unit.lr else unit.protocol.degradation
+
+
+def _cell(name: str, scores: dict) -> str:
+    if (value := scores[name]) is not None:
+        return f"{value:.{SCORES[name][1]}f}"
+    return "inf" if name.startswith("psnr") and scores["perfect_frames"] else "-"
 
 
 def _columns(summary: dict) -> list[str]:
@@ -97,12 +122,9 @@ def _columns(summary: dict) -> list[str]:
 
 def _notes(summary: dict) -> list[str]:
     """The protocol in words."""
-    used = f"{summary['degradation']} x1/{SCALE}"
-    if summary["lr_from_disk"]:
-        used = f"of {', '.join(summary['lr_from_disk'])} from disk, else {used}"
     lines = [
-        f"low resolution: {used}, 8 bits; scores of 8-bit frames, {summary['crop_border']} pixels "
-        "of border cropped; mean over frames, then over clips",
+        f"low resolution: {_low_resolution(summary)}; scores of 8-bit frames, "
+        f"{summary['crop_border']} pixels of border cropped; mean over frames, then over clips",
         f"window ends: {summary['padding']}",
         f"LPIPS: {summary['lpips'] or 'not computed, --lpips-backbone FILE gives it'}",
         f"commit {summary['commit'] or 'unknown'}, torch {summary['versions']['torch']}",
@@ -111,52 +133,81 @@ def _notes(summary: dict) -> list[str]:
         if row["lr_sha256"]:
             line = f"{row['dataset']}: sha256 of the low-resolution set {row['lr_sha256']}"
             lines += [line] if line not in lines else []
-        if row["weights_sha256"]:
+        name = f"{row['dataset']}, {row['method']}"
+        if "dtype" in row:
+            hashed = f", sha256 of the weights {row['weights_sha256']}"
+            hashed = hashed if row["weights_sha256"] else ""
+            lines.append(f"{name}: {row['dtype']} on {row['device']}{hashed}")
+        if row["perfect_frames"]:
+            clips = {clip: x["perfect_frames"] for clip, x in row["per_clip"].items()}
+            named = [f"{n} of {clip}" for clip, n in clips.items() if n]
+            named[NAMED:] = ["..."] * (len(named) > NAMED)
             lines.append(
-                f"{row['dataset']}, {row['method']}: {row['dtype']} on {row['device']}, "
-                f"sha256 of the weights {row['weights_sha256']}"
+                f"{name}: {row['perfect_frames']} frames equal their originals "
+                f"({', '.join(named)}); they have no PSNR, and its means are over the others"
             )
-    if summary["degradation"] != "pil_bicubic" or summary["lr_from_disk"]:
-        lines.append(
-            "the paper shrinks with pil_bicubic: its tables need --degradation pil_bicubic"
-        )
+        if row["incomplete"]:
+            lines += [row["incomplete"]] if row["incomplete"] not in lines else []
+    for whose, kernel in KERNELS.items():
+        others = sorted({row["degradation"] for row in summary["rows"]} - {kernel})
+        if others:
+            lines.append(
+                f"the {whose}'s tables are made with {kernel}: do not compare them with rows of "
+                f"{', '.join(others)}"
+            )
     return lines
+
+
+def _low_resolution(summary: dict) -> str:
+    """How the frames that methods were given came about."""
+    texts = {
+        FROM_DISK: f"of {', '.join(summary['lr_from_disk'])} read from disk, 8 bits",
+        UNKNOWN: "of folder: methods unknown, their frames were read from disk",
+    }
+    kinds = dict.fromkeys(row["degradation"] for row in summary["rows"])
+    return "; ".join(texts.get(kind, f"{kind} x1/{SCALE}, 8 bits") for kind in kinds)
 
 
 # ---- tables on stdout
 
 
+def _stdout(width: int) -> Console:
+    """A console that prints names as they are."""
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def show(summary: dict) -> None:
     """Scores of clips, then each set's row as the paper states it and as the field does."""
     columns = _columns(summary)
-    console = Console(width=120)
+    console = _stdout(120)
     table = Table("clip", "method", *(SCORES[name][0] for name in columns))
     for dataset in dict.fromkeys(row["dataset"] for row in summary["rows"]):
         of_set = [row for row in summary["rows"] if row["dataset"] == dataset]
-        clips = of_set[0]["per_clip"] if of_set[0]["clips"] <= PICTURED else []
+        clips = of_set[0]["per_clip"] if of_set[0]["clips"] <= LISTED else []
         for clip in [*clips, None]:
             for row in of_set:
                 scores = row["per_clip"][clip] if clip else row
-                cells = (_cell(name, scores[name]) for name in columns)
-                name = plain_text(clip or f"mean of {dataset}")
-                table.add_row(name, plain_text(row["method"]), *cells)
+                cells = (_cell(name, scores) for name in columns)
+                table.add_row(clip or f"mean of {dataset}", row["method"], *cells)
     console.print(table)
     both = Table("set", "method", "row", "PSNR", "SSIM", "LPIPS", "over all frames")
     for row in summary["rows"]:
         for title, names in ROWS.items():
-            cells = [_cell(name, row[name]) for name in names] + [""] * (3 - len(names))
-            frames = " ".join(_cell(name, row["frame_mean"][name]) for name in names)
-            of_row = (plain_text(row["dataset"]), plain_text(row["method"]), title)
-            both.add_row(*of_row, *cells, frames)
+            cells = [_cell(name, row) for name in names] + [""] * (3 - len(names))
+            frames = " ".join(_cell(name, row["frame_mean"]) for name in names)
+            label = f"{title}, {row['degradation']}"
+            both.add_row(row["dataset"], row["method"], label, *cells, frames)
     console.print(both)
     for note in _notes(summary):
-        console.print(plain_text(note), soft_wrap=True, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 def _measured(row: dict | None) -> str:
     if row is None:
         return "not measured"
-    return f"{row['psnr_rgb']:.2f} {row['ssim_rgb']:.4f} {_cell('lpips', row['lpips'])}"
+    psnr = _cell("psnr_rgb", row) if row["psnr_rgb"] is None else f"{row['psnr_rgb']:.2f}"
+    part = f" (part: {row['clips']} clips, {row['frames']} frames)" if row["incomplete"] else ""
+    return f"{psnr} {row['ssim_rgb']:.4f} {_cell('lpips', row)}{part}"
 
 
 def table1(summary: dict) -> tuple[list[str], list[list[str]]]:
@@ -194,17 +245,26 @@ def table2(summary: dict) -> tuple[list[str], list[list[str]]]:
 def show_paper_table(title: str, table: tuple[list[str], list[list[str]]], summary: dict) -> None:
     """One of the paper's tables on stdout."""
     header, lines = table
-    out = Table(*map(plain_text, header), title=f"{title}: PSNR, SSIM in RGB, LPIPS")
+    out = Table(*header, title=f"{title}: PSNR, SSIM in RGB, LPIPS")
     for line in lines:
-        out.add_row(*map(plain_text, line))
-    console = Console(width=150)
+        out.add_row(*line)
+    console = _stdout(150)
     console.print(out)
     console.print(
-        f"{MISSING}: the paper's value is not in this project's records. The paper shrinks with "
-        f"pil_bicubic, these measurements with {summary['degradation']}.",
+        f"{MISSING}: the paper's value is not in this project's records. The paper's low "
+        f"resolution is pil_bicubic x1/{SCALE}, here it is {_low_resolution(summary)}. Here "
+        f"{summary['crop_border']} pixels of border are cropped; the paper names no number.",
         soft_wrap=True,
-        highlight=False,
     )
+    other = dict.fromkeys(
+        f"{row['method']} ({row['memory_slots']})"
+        for row in summary["rows"]
+        if row.get("memory_slots") is not None and row["memory_slots"] not in MEMORY_SIZES
+    )
+    if title == "Table 2" and other:
+        console.print(
+            f"of other memory sizes, not in the table: {', '.join(other)}", soft_wrap=True
+        )
 
 
 # ---- pictures
@@ -216,8 +276,12 @@ def _data_uri(frame: np.ndarray, form: str, **options) -> str:
     return f"data:image/{form};base64,{b64encode(buffer.getvalue()).decode()}"
 
 
-def _whole(frame: np.ndarray) -> str:
-    return _data_uri(frame, "jpeg", quality=95, subsampling=0)
+def _whole(frame: np.ndarray, width: int | None, **options: int) -> str:
+    """A frame as JPEG, shrunk if it is wider than that."""
+    if width and frame.shape[1] > width:
+        height = round(frame.shape[0] * width / frame.shape[1])
+        frame = np.asarray(Image.fromarray(frame).resize((width, height)))
+    return _data_uri(frame, "jpeg", **options)
 
 
 def hardest(original: np.ndarray, enlarged: np.ndarray) -> tuple[int, int]:
@@ -248,9 +312,9 @@ def _frames_at(frames: Iterator[np.ndarray], wanted: set[int]) -> dict[int, np.n
     return found
 
 
-def plot(series: dict[str, list[float]], numbers: Sequence[int], what: str) -> str:
-    """Lines over frame numbers as an inline SVG; infinite values leave gaps at the top."""
-    finite = [v for values in series.values() for v in values if np.isfinite(v)]
+def plot(series: dict[str, list[float | None]], numbers: Sequence[int], what: str) -> str:
+    """Lines over frame numbers as an inline SVG; what has no value, being infinite, is on top."""
+    finite = [v for values in series.values() for v in values if v is not None]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     low, high = np.floor(low), max(np.ceil(high), np.floor(low) + 1)
     first, last = numbers[0], max(numbers[-1], numbers[0] + 1)
@@ -265,7 +329,7 @@ def plot(series: dict[str, list[float]], numbers: Sequence[int], what: str) -> s
     for color, values in zip(_colors(len(series)), series.values(), strict=True):
         points = [
             f"{44 + 668 * (n - first) / (last - first):.1f},"
-            f"{180 - 160 * (min(v, high) - low) / (high - low):.1f}"
+            f"{180 - 160 * ((high if v is None else v) - low) / (high - low):.1f}"
             for n, v in zip(numbers, values, strict=True)
         ]
         parts.append(f'<polyline points="{" ".join(points)}" stroke="{color}"/>')
@@ -300,7 +364,9 @@ def page(summary: dict, results: Results, originals: Callable[[Footage], Iterato
         sections.append(_clips(of_set, summary))
         if all(len(group[0][0].clip.scored) == 1 for group in by_clip.values()):
             sections.append(_set_plot(by_clip))
-        sections += [_clip(name, by_clip[name], originals) for name in list(by_clip)[:PICTURED]]
+        form = LARGE if len(by_clip) <= LISTED else SMALL
+        pictured = list(by_clip)[:PICTURED]
+        sections += [_clip(name, by_clip[name], originals, form) for name in pictured]
         if len(by_clip) > PICTURED:
             sections.append(f"<p>Pictures of the first {PICTURED} of {len(by_clip)} clips.</p>")
     notes = "".join(f"<li>{escape(note)}</li>" for note in _notes(summary))
@@ -326,7 +392,7 @@ def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]], words: in
 def _means(of_set: list[dict], summary: dict) -> str:
     columns = _columns(summary)
     lines = [
-        [row["method"], over, *(_cell(name, scores[name]) for name in columns)]
+        [row["method"], over, *(_cell(name, scores) for name in columns)]
         for row in of_set
         for over, scores in (("clips", row), ("frames", row["frame_mean"]))
     ]
@@ -336,7 +402,7 @@ def _means(of_set: list[dict], summary: dict) -> str:
 def _clips(of_set: list[dict], summary: dict) -> str:
     columns = _columns(summary)
     lines = [
-        [clip, row["method"], *(_cell(name, row["per_clip"][clip][name]) for name in columns)]
+        [clip, row["method"], *(_cell(name, row["per_clip"][clip]) for name in columns)]
         for clip in of_set[0]["per_clip"]
         for row in of_set
     ]
@@ -344,17 +410,19 @@ def _clips(of_set: list[dict], summary: dict) -> str:
 
 
 def _set_plot(by_clip: dict[str, list]) -> str:
-    series: dict[str, list[float]] = {}
+    series: dict[str, list[float | None]] = {}
     for group in by_clip.values():
         for unit, result in group:
             series.setdefault(unit.method, []).append(result["scores"]["psnr_y"][0])
     return plot(series, range(1, len(by_clip) + 1), "PSNR Y in dB, by clip")
 
 
-def _clip(name: str, group: list, originals: Callable[[Footage], Iterator]) -> str:
-    """Plot, slider, crops and worst frames of one clip."""
+def _clip(
+    name: str, group: list, originals: Callable[[Footage], Iterator], form: dict[str, Any]
+) -> str:
+    """Plot, slider, crops and worst frames of one clip; form is that of whole frames."""
     footage: Footage = group[0][0].clip
-    middle = footage.scored[len(footage.scored) // 2]
+    middle = footage.middle
     wanted = {middle} | {result["worst"] for _, result in group}
     frames = _frames_at(originals(footage), wanted)
     enlarged = {
@@ -365,7 +433,7 @@ def _clip(name: str, group: list, originals: Callable[[Footage], Iterator]) -> s
     if len(footage.scored) > 1:
         series = {unit.method: result["scores"]["psnr_y"] for unit, result in group}
         parts.append(plot(series, group[0][1]["frames"], "PSNR Y in dB, by frame"))
-    parts.append(_slider({**enlarged, "original": frames[middle]}, middle))
+    parts.append(_slider({**enlarged, "original": frames[middle]}, middle, form))
     corner = hardest(frames[middle], next(iter(enlarged.values())))
     crops = {unit_name: _crop(frame, corner) for unit_name, frame in enlarged.items()}
     crops["original"] = _crop(frames[middle], corner)
@@ -377,19 +445,20 @@ def _clip(name: str, group: list, originals: Callable[[Footage], Iterator]) -> s
         frame = np.asarray(Image.open(BytesIO(unit.file(".worst.png").read_bytes())))
         value = result["scores"]["psnr_rgb"][result["frames"].index(index)]
         corner = hardest(frames[index], frame)
-        worst[f"{unit.method}, frame {index}, {value:.2f} dB"] = _crop(frame, corner)
+        psnr = "inf" if value is None else f"{value:.2f}"
+        worst[f"{unit.method}, frame {index}, {psnr} dB"] = _crop(frame, corner)
         worst[f"original of that, for {unit.method}"] = _crop(frames[index], corner)
     parts.append(_crops("worst frames (PSNR RGB), where each errs most", worst))
     return f"<section>{''.join(parts)}</section>"
 
 
-def _slider(frames: dict[str, np.ndarray], index: int) -> str:
+def _slider(frames: dict[str, np.ndarray], index: int, form: dict[str, Any]) -> str:
     """Two of the frames over each other, with a movable border between them."""
     names = list(frames)
     before, after = names[0], names[-2] if len(names) > 2 else names[-1]
     height, width = frames[before].shape[:2]
     pictures = "".join(
-        f'<img src="{_whole(frame)}" alt="{escape(name)}" width={width} height={height} '
+        f'<img src="{_whole(frame, **form)}" alt="{escape(name)}" width={width} height={height} '
         f'data-name="{escape(name)}">'
         for name, frame in frames.items()
     )

@@ -5,12 +5,14 @@
 Methods: bicubic (MATLAB's kernel); mana:WEIGHTS streams a clip as infer does, WEIGHTS being a
 shipped name or a file; center:WEIGHTS gives the network every frame seven times, so that it sees
 no neighbors; folder:PATH takes frames that another program made, one folder or video per clip.
-Data sets: any folder of videos or of folders of frames. The names Vimeo-90K (only im4 is scored),
-Vimeo-90K-Motion and REDS4 mean what they do in the literature.
+Data sets: any folder of videos or of folders of frames, under any name. The names Vimeo-90K (only
+im4 is scored), Vimeo-90K-Motion and REDS4 mean what they do in the literature, and of these, Vid4,
+SPMCS, UDM10 and Parkour it is known how many clips and frames are the whole.
 
 Originals are cropped to multiples of 4; low-resolution frames are made from them, or read with
 --lr, and have 8 bits. PSNR (dB) and SSIM in RGB and in luma (BT.601), LPIPS, and with --temporal
 tOF (pixels) are means over the frames of a clip, then over clips; frame_mean is over all frames.
+Frames that equal their originals have no PSNR; perfect_frames counts them, means leave them out.
 Each finished clip is kept in --results, so that an evaluation that was stopped continues.
 The last line of stdout is one JSON object {"rows": [...]}.
 
@@ -28,6 +30,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -35,7 +38,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from eval import bench, report
@@ -55,11 +57,15 @@ from eval.datasets import (
     SHRUNK,
     Footage,
     arrange,
+    console,
     count,
     find_test_set,
     identity,
     incomplete,
+    load_json,
     match,
+    misspelled,
+    singles,
     size_of,
     write_atomically,
 )
@@ -82,10 +88,11 @@ from mana_triton.stream import Upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
 PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"
+RESULT = {"clip", "method", "lr_sha256", "worst", "frames", "scores"}  # keys of a kept result
 METHODS = "bicubic, mana:WEIGHTS, center:WEIGHTS or folder:PATH"
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 Frames = Iterator[np.ndarray]  # [H, W, 3] uint8 each
 Pair = tuple[np.ndarray, np.ndarray]  # original, enlarged
+Size = tuple[int, ...]  # height, width
 
 
 class MethodError(ValueError):
@@ -141,12 +148,15 @@ class Unit:
         """Where the result, or a picture, is kept."""
         return self.results / f"{self.key}{suffix}"
 
-    def load(self) -> dict | None:
-        """The result, if it is there with all its pictures."""
-        needed = [".json", *([".middle.png", ".worst.png"] if self.pictures else [])]
-        if not all(self.file(suffix).is_file() for suffix in needed):
-            return None
-        return json.loads(self.file().read_text())
+    def load(self) -> dict:
+        """The result; empty if there is none, or a damaged one."""
+        result = load_json(self.file())
+        return result if result.keys() >= RESULT else {}
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to compute or to draw."""
+        drawn = all(self.file(suffix).is_file() for suffix in (".middle.png", ".worst.png"))
+        return bool(self.load()) and (drawn or not self.pictures)
 
 
 # ---- methods
@@ -208,28 +218,49 @@ def check_method(name: str, protocol: Protocol) -> str | None:
 
 def originals(clip: Footage) -> Frames:
     """The original frames, cropped to multiples of 4."""
+    (height, width), whole = hr_sizes(clip)
+    for frame in _of_one_size(clip.source, whole):
+        yield frame[:height, :width]
+
+
+def hr_sizes(clip: Footage) -> tuple[Size, Size]:
+    """Cropped to multiples of 4, and whole."""
     _, H, W = clip.shape
-    for index, frame in enumerate(clip.source.frames()):
-        if frame.shape[:2] != (H, W):
+    return (H // SCALE * SCALE, W // SCALE * SCALE), (H, W)
+
+
+def lr_sizes(clip: Footage) -> tuple[Size, Size]:
+    """A quarter, rounded down as for the cropped original, and rounded up."""
+    _, H, W = clip.shape
+    return (H // SCALE, W // SCALE), (-(-H // SCALE), -(-W // SCALE))
+
+
+def _of_one_size(source: Source, size: Size | None = None) -> Frames:
+    """Frames from disk, which must have this size, or else that of the first."""
+    for index, frame in enumerate(source.frames()):
+        size = size or frame.shape[:2]
+        if frame.shape[:2] != size:
             raise DataError(
-                f"the frames of {clip.source.place} must have one size, frame {index} has "
-                f"{frame.shape[1]}x{frame.shape[0]} after {W}x{H}"
+                f"the frames of {source.place} must have one size, frame {index} has "
+                f"{frame.shape[1]}x{frame.shape[0]} after {size[1]}x{size[0]}"
             )
-        yield frame[: H // SCALE * SCALE, : W // SCALE * SCALE]
+        yield frame
 
 
-def _sized(source: Source, height: int, width: int) -> Frames:
-    """Frames from disk, which must have this size, or be larger by less than 4 and are cropped."""
-    for frame in source.frames():
-        check_size(source, frame.shape[:2], height, width)
+def _sized(source: Source, sizes: tuple[Size, Size]) -> Frames:
+    """Frames from disk, all of one of these sizes, cropped to the first."""
+    height, width = sizes[0]
+    for frame in _of_one_size(source):
+        check_size(source, frame.shape[:2], sizes)
         yield frame[:height, :width].copy()
 
 
-def check_size(source: Source, size: tuple[int, ...], height: int, width: int) -> None:
-    """Raise DataError unless size, in whole or cropped, is height x width."""
-    if not (0 <= size[0] - height < SCALE and 0 <= size[1] - width < SCALE):
+def check_size(source: Source, size: Size, sizes: tuple[Size, Size]) -> None:
+    """Raise DataError unless size is one of these."""
+    if size not in sizes:
+        allowed = " or ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
         raise DataError(
-            f"the frames of {source.place} must be {width}x{height} to go with their originals, "
+            f"the frames of {source.place} must be {allowed} to go with their originals, "
             f"got {size[1]}x{size[0]}"
         )
 
@@ -243,15 +274,13 @@ def _hashed(frames: Iterable[np.ndarray], digest) -> Frames:
 def pairs(unit: Unit, digest) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Number, original and enlargement of each scored frame; digest takes the LR frames."""
     hr = originals(unit.clip)
-    T, H, W = unit.clip.shape
-    h, w = H // SCALE, W // SCALE
     if unit.output is not None:
-        enlarged = _sized(unit.output, SCALE * h, SCALE * w)
-        if count(unit.output) == T:
+        enlarged = _sized(unit.output, hr_sizes(unit.clip))
+        if count(unit.output) == unit.clip.shape[0]:
             enlarged = (frame for i, frame in enumerate(enlarged) if i in unit.clip.scored)
     else:
         if unit.lr is not None:
-            lr = _hashed(_sized(unit.lr, h, w), digest)
+            lr = _hashed(_sized(unit.lr, lr_sizes(unit.clip)), digest)
         else:
             hr, ahead = tee(hr)
             how = unit.protocol.degradation
@@ -270,23 +299,27 @@ def _lpips(backbone: Path | None) -> LPIPS:
 
 
 def score_frame(original: np.ndarray, enlarged: np.ndarray, unit: Unit) -> dict[str, float | None]:
-    """All scores of one frame but those that need two."""
+    """All scores of one frame but those that need two; no PSNR if it equals the original."""
     border = unit.protocol.crop_border
     scores: dict[str, float | None] = {
         f"{metric.__name__}_{name}": metric(enlarged, original, y_channel=y, crop_border=border)
         for name, y in (("rgb", False), ("y", True))
         for metric in (psnr, ssim)
     }
+    scores |= {name: None for name, value in scores.items() if value == float("inf")}
     learned = _lpips(unit.backbone) if unit.protocol.lpips else None
     scores["lpips"] = learned(enlarged, original, crop_border=border) if learned else None
     return scores
 
 
-def _tof(before: Pair | None, now: Pair) -> float | None:
+def _tof(before: Pair | None, now: Pair, border: int) -> float | None:
     """TOF of a frame and the one before it."""
     if before is None:
         return None
-    of_originals, of_enlarged = (flow(a, b) for a, b in zip(before, now, strict=True))
+    inside = slice(border, -border or None)
+    of_originals, of_enlarged = (
+        flow(a[inside, inside], b[inside, inside]) for a, b in zip(before, now, strict=True)
+    )
     return tof(of_enlarged, of_originals)
 
 
@@ -295,16 +328,16 @@ def score(unit: Unit, tick: Callable[[], None]) -> None:
     digest = hashlib.sha256()
     frames, rows = [], []
     before: Pair | None = None
-    middle = worst = None
-    lowest = float("inf")
+    middle, worst, lowest = None, None, 0.0
     for index, original, enlarged in pairs(unit, digest):
         row = score_frame(original, enlarged, unit)
         if unit.protocol.temporal:
-            row["tof"] = _tof(before, (original, enlarged))
+            row["tof"] = _tof(before, (original, enlarged), unit.protocol.crop_border)
             before = original, enlarged
-        if worst is None or (row["psnr_rgb"] or 0) < lowest:
-            lowest, worst = row["psnr_rgb"] or 0, (index, enlarged)
-        if index == unit.clip.scored[len(unit.clip.scored) // 2]:
+        psnr_rgb = float("inf") if row["psnr_rgb"] is None else row["psnr_rgb"]
+        if worst is None or psnr_rgb < lowest:
+            lowest, worst = psnr_rgb, (index, enlarged)
+        if index == unit.clip.middle:
             middle = enlarged
         frames.append(index)
         rows.append(row)
@@ -323,6 +356,26 @@ def score(unit: Unit, tick: Callable[[], None]) -> None:
     write_atomically(unit.file(), json.dumps(result).encode())
 
 
+def draw(unit: Unit, worst: int, tick: Callable[[], None]) -> None:
+    """Keep the pictures of a clip that was scored without them; tick as for `score`."""
+    wanted = {unit.clip.middle: [".middle.png"]}
+    wanted.setdefault(worst, []).append(".worst.png")
+    for index, _, enlarged in pairs(unit, hashlib.sha256()):
+        for suffix in wanted.pop(index, []):
+            write_atomically(unit.file(suffix), png(enlarged))
+        tick()
+        if not wanted:
+            return
+
+
+def finish(unit: Unit, tick: Callable[[], None]) -> None:
+    """Score a clip, or only draw it if its scores are there."""
+    if result := unit.load():
+        draw(unit, result["worst"], tick)
+    else:
+        score(unit, tick)
+
+
 def png(frame: np.ndarray) -> bytes:
     """A frame as the content of a PNG file."""
     buffer = BytesIO()
@@ -336,6 +389,8 @@ def png(frame: np.ndarray) -> bytes:
 def plan(args: argparse.Namespace, protocol: Protocol) -> list[Unit]:
     """A unit for every clip and method, checked as far as it can be without computing."""
     lr_paths = dict(args.lr)
+    for line in filter(None, (misspelled(name) for name, _ in args.data)):
+        console.print(f"note: {line}")
     unknown = [name for name in lr_paths if name not in dict(args.data)]
     if unknown:
         valid = ", ".join(name for name, _ in args.data)
@@ -369,29 +424,26 @@ def plan(args: argparse.Namespace, protocol: Protocol) -> list[Unit]:
 
 def _check_clip(clip: Footage, protocol: Protocol) -> None:
     """Raise DataError if the frames are too small for the metrics; say if they are cropped."""
-    _, H, W = clip.shape
-    height, width = H // SCALE * SCALE, W // SCALE * SCALE
+    (height, width), whole = hr_sizes(clip)
     smallest = max(SSIM_WINDOW, LPIPS_SMALLEST if protocol.lpips else 0)
-    smallest = max(smallest + 2 * protocol.crop_border, FLOW_SMALLEST * protocol.temporal)
+    smallest = max(smallest, FLOW_SMALLEST * protocol.temporal) + 2 * protocol.crop_border
     if min(height, width) < smallest:
         raise DataError(
             f"frames must have at least {smallest} pixels each way for these metrics, "
             f"{clip.name} has {width}x{height}; leave it out"
         )
-    if (height, width) != (H, W):
-        console.print(f"note: {clip.name} is {W}x{H}, cropped to {width}x{height}")
+    if (height, width) != whole:
+        console.print(f"note: {clip.name} is {whole[1]}x{whole[0]}, cropped to {width}x{height}")
 
 
 def _match_lr(clips: list[Footage], path: Path) -> dict[str, Source]:
     found = match(clips, arrange(path, SHRUNK), path)
     for clip in clips:
-        T, H, W = clip.shape
-        source = found[clip.name]
-        check_size(source, size_of(source), H // SCALE, W // SCALE)
-        if count(source) != T:
+        source, T = found[clip.name], clip.shape[0]
+        check_size(source, size_of(source), lr_sizes(clip))
+        if (frames := count(source)) != T:
             raise DataError(
-                f"{source.place} must have as many frames as its original, {T}, "
-                f"it has {count(source)}"
+                f"{source.place} must have as many frames as its original, {T}, it has {frames}"
             )
     return found
 
@@ -399,15 +451,16 @@ def _match_lr(clips: list[Footage], path: Path) -> dict[str, Source]:
 def _match_outputs(dataset: str, clips: list[Footage], path: Path) -> dict[str, Source]:
     """The frames of another program for each clip; a folder of the set's name is preferred."""
     path = path / dataset if (path / dataset).is_dir() else path
-    found = match(clips, arrange(path), path)
+    sources = arrange(path)
+    if len(sources) < len(clips) and all(len(clip.scored) == 1 for clip in clips):
+        sources = singles(sources)
+    found = match(clips, sources, path)
     for clip in clips:
-        T, H, W = clip.shape
-        source = found[clip.name]
-        check_size(source, size_of(source), H // SCALE * SCALE, W // SCALE * SCALE)
-        if count(source) not in (T, len(clip.scored)):
+        source, T = found[clip.name], clip.shape[0]
+        check_size(source, size_of(source), hr_sizes(clip))
+        if (frames := count(source)) not in (T, len(clip.scored)):
             raise DataError(
-                f"{source.place} must have as many frames as {clip.name}, {T}, "
-                f"it has {count(source)}"
+                f"{source.place} must have as many frames as {clip.name}, {T}, it has {frames}"
             )
         if source.name != clip.name:
             console.print(f"note: {clip.name} is compared with {source.place}")
@@ -419,7 +472,7 @@ def _match_outputs(dataset: str, clips: list[Footage], path: Path) -> dict[str, 
 
 def compute(units: list[Unit], jobs: int) -> None:
     """Compute the units whose results are not there yet."""
-    waiting = sorted((u for u in units if u.load() is None), key=lambda u: -len(u.clip.scored))
+    waiting = sorted((u for u in units if not u.is_done()), key=lambda u: -len(u.clip.scored))
     if not waiting:
         return
     total = sum(len(unit.clip.scored) for unit in waiting)
@@ -428,7 +481,7 @@ def compute(units: list[Unit], jobs: int) -> None:
             task = progress.add_task("scoring", total=total)
             if min(jobs, len(waiting)) == 1:
                 for unit in waiting:
-                    score(unit, lambda: progress.advance(task))
+                    finish(unit, lambda: progress.advance(task))
             else:
                 _compute_in_processes(
                     waiting, jobs, lambda done: progress.update(task, completed=done)
@@ -470,7 +523,7 @@ def _tick() -> None:
 
 
 def _score_in_worker(unit: Unit) -> None:
-    score(unit, _tick)
+    finish(unit, _tick)
 
 
 def _compute_in_processes(units: list[Unit], jobs: int, show: Callable[[int], None]) -> None:
@@ -517,7 +570,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", nargs="+", type=_named_path, default=[], metavar="NAME=PATH")
+    add("--data", nargs="+", type=_named_path, default=[], metavar="NAME=PATH",
+        help="data sets; see above for names with a meaning")  # fmt: skip
     add("--method", nargs="+", default=[], metavar="METHOD", help="see above")
     add("--degradation", choices=(*DEGRADATIONS, "none"), default="matlab_bicubic")
     add("--lr", nargs="+", type=_named_path, default=[], metavar="NAME=PATH",
@@ -587,15 +641,17 @@ def _commit() -> str | None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is asked for; the object of the last line."""
+    _check_device(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = Protocol(
         args.degradation, args.crop_border, args.temporal, _lpips_identity(args.lpips_backbone),
         device if args.device == "auto" else args.device, args.precision, _sources_hash(),
     )  # fmt: skip
     commit = _commit()  # of what runs, whatever is committed meanwhile
+    _check_results(args.results)
     units = plan(args, protocol)
     compute(units, args.jobs)
-    results = [(unit, unit.load() or {}) for unit in units]
+    results = [(unit, unit.load()) for unit in units]
     summary = {
         "rows": report.rows(results, _describe(args.method, protocol)),
         "degradation": args.degradation,
@@ -613,8 +669,26 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.table2:
         report.show_paper_table("Table 2", report.table2(summary), summary)
     if args.html:
-        write_atomically(args.html, report.page(summary, results, originals).encode())
+        page = report.page(summary, results, originals)
+        write_atomically(args.html, page.encode(errors="backslashreplace"))
     return summary
+
+
+def _check_results(folder: Path) -> None:
+    """Raise DataError unless files can be written there, before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"--results must be a folder to write to, got {folder}: {error}") from error
+
+
+def _check_device(args: argparse.Namespace) -> Upscaler:
+    """Raise MethodError unless there is this device, with this precision."""
+    try:
+        return _upscaler("tiny", args.device, args.precision)
+    except ValueError as error:
+        raise MethodError(str(error)) from error
 
 
 def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
@@ -622,7 +696,7 @@ def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
     about = {}
     for method in methods:
         kind, _, weights = method.partition(":")
-        about[method] = {}
+        about[method] = {"dtype": "uint8", "device": "cpu"} if kind == "bicubic" else {}
         if kind in ("mana", "center"):
             upscaler = _upscaler(weights, protocol.device, protocol.precision)
             about[method] = {
@@ -635,18 +709,15 @@ def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Speed and memory of this device; the object of the last line."""
-    try:
-        upscaler = _upscaler("tiny", args.device, args.precision)
-    except ValueError as error:  # no such device or precision
-        raise MethodError(str(error)) from error
+    upscaler = _check_device(args)
     device, commit = upscaler.device, _commit()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )  # fmt: skip
     console.print(f"{name}: {upscaler.description}")
     rows: list[bench.Row] = []
-    for title, table in bench.compare(device, upscaler.precision, args.full):
-        bench.show(table, title)
+    for title, caption, table in bench.compare(device, upscaler.precision, args.full):
+        bench.show(table, title, caption)
         rows += table
     try:
         write_atomically(args.plot, bench.plot(rows, name, args.plot.suffix[1:]))
@@ -667,6 +738,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     args = parse_args()
+    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # a closed terminal and a polite kill stop it as Ctrl-C does
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.default_int_handler)
@@ -687,10 +761,13 @@ def main() -> None:
     except (KeyboardInterrupt, Stopped):
         again = "" if args.bench else f"; the same command continues from {args.results}"
         sys.exit(f"error: stopped{again}")
-    line = json.dumps(summary)
+    line = json.dumps(summary, allow_nan=False)
+    print(line, flush=True)
     if args.json:
-        write_atomically(args.json, f"{line}\n".encode())
-    print(line)
+        try:
+            write_atomically(args.json, f"{line}\n".encode())
+        except OSError as error:
+            sys.exit(f"error: --json must be a file that can be written, got: {error}")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,15 @@ def _read_picture(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as picture:
+            deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
+            if deep:  # Pillow would clip 16 bits of gray instead of dividing them
+                gray = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
+                return np.repeat(gray[:, :, None], 3, axis=2)
+            if picture.mode in ("I", "F"):
+                raise DataError(
+                    f"{path} must have 8 or 16 bits per channel, has 32 (Pillow's mode "
+                    f"{picture.mode}); convert it"
+                )
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{path} must be a readable picture, got: {error}; remove it") from error

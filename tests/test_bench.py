@@ -77,6 +77,24 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         bench.compare_attention(SIZE, "tiled", SETTING, 0.0)
 
 
+def test_floor_of_ours_is_that_of_the_pairs_it_visits(monkeypatch):
+    measured: list[bench.Measured] = []
+    measure = bench.measure
+    monkeypatch.setattr(
+        bench, "measure", lambda *args: measured.append(measure(*args)) or measured[-1]
+    )
+    size, setting = (48, 64), SETTING._replace(ceiling=bench.Ceiling(1e3, 1e12))  # arithmetic only
+    rows = {row["what"]: row for row in bench.compare_attention(size, "tiled", setting, 0.0)}
+    every = 2 * 2 * 64 * 7 * math.prod(size) ** 2 / 1e3  # multiply and add, q k^T and p v
+    ours, dense = rows["ours, tiled"], rows["dense eager"]
+    visited = float(str(ours["note"]).split()[1]) / 100
+    assert 0.01 < visited < 0.9
+    for row, share, slack in ((dense, 1.0, 1e-9), (ours, visited, 0.06)):  # 2 digits in the note
+        assert row["percent_of_floor"] == pytest.approx(100 * share * every / row["ms"], rel=slack)
+    bound = rows[bench.BOUND]
+    assert "another result" in bound["note"] and bound["relative_error"] is None
+
+
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_floor_counts_the_work_of_the_network(preset):
     config = MANAConfig.preset(preset)
@@ -113,7 +131,8 @@ def test_variants_take_turns():
     variants = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
     measured = bench.measure(variants, CPU, seconds=600.0)
     rounds = len(measured.ms["a"])
-    assert calls == ["a", "b"] * (1 + rounds)  # one round warms up
+    # one round warms up; then each follows the other as often as it precedes it
+    assert calls == ["a", "b"] + ["a", "b", "b", "a"] * (rounds // 2)
     assert len(measured.ms["b"]) == rounds == 30
 
 
@@ -171,13 +190,27 @@ def test_command(monkeypatch, tmp_path, capsys):
         sys, "argv", ["run.py", "--bench", "--plot", str(plot), "--json", str(copy)]
     )
     run.main()
-    line = capsys.readouterr().out.splitlines()[-1]
+    text = capsys.readouterr().out
+    line = text.splitlines()[-1]
     assert copy.read_text() == f"{line}\n"
     result = json.loads(line)
     rows = result["rows"]
     assert {"device", "precision", "commit", "versions", "paper_ms"} <= set(result)
     published = [row for row in rows if row["what"] == "paper, 2080 Ti, published"]
     assert [(row["ms"], row["dtype"]) for row in published] == [(59.0, None)]
+    assert published[0]["note"] == "code path, type unpublished"
+    ceilings = [row for row in rows if row["part"] == "ceiling"]
+    assert rows[:2] == ceilings
+    assert ceilings[0]["gflop_per_s"] > 0 and ceilings[1]["gb_per_s"] > 0
+    weights = {(r["preset"], r["weights"]) for r in rows if "weights" in r}
+    assert weights == {("tiny", "shipped"), ("paper", "random")}
+    for words in (
+        "shipped weights, frames of the demo clip, tolerance of ours 0.03, fp32",
+        "random weights, frames of the demo clip",
+        "latency: one frame at a time", "nearest-neighbor enlargement",
+        "code path, type unpublished",
+    ):  # fmt: skip
+        assert words in text
     frames = {(r["preset"], r["width"], r["what"]) for r in rows if r["part"] == "frame"}
     for preset, width in (("paper", 72), ("tiny", 40), ("tiny", 72)):
         for what in ("naive, fp32", "ours, dense, 7 encodes", "ours, streamed"):

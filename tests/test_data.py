@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mana_triton import data
 from mana_triton.data import DataError, Sampler, degrade, open_clips, upscale_bicubic
@@ -131,6 +132,23 @@ def test_pil_bicubic_is_pillows():
     expected = np.asarray(Image.fromarray(hr[1]).resize((8, 6), Image.Resampling.BICUBIC))
     actual = degrade(torch.from_numpy(hr), "pil_bicubic").numpy()
     np.testing.assert_array_equal(actual[1], expected)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_gray_of_16_bits_is_divided(tmp_path, suffix):
+    gray = np.array([[0, 128, 129, 257], [32896, 33024, 33025, 65535]], np.uint16)
+    Image.fromarray(gray).save(tmp_path / f"a{suffix}")
+    picture = data._read_picture(tmp_path / f"a{suffix}")
+    expected = np.round(gray / 257).astype(np.uint8)
+    assert expected.tolist() == [[0, 0, 1, 1], [128, 128, 129, 255]]
+    assert (picture == expected[:, :, None]).all() and picture.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pictures_of_32_bits_are_refused(tmp_path, kind):
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a.tif must have 8 or 16 bits per channel, has 32"):
+        data._read_picture(tmp_path / "a.tif")
 
 
 def test_a_constant_picture_stays_constant():

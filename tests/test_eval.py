@@ -40,6 +40,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 VID4 = DATA / "Vid4"
 ALEXNET = DATA / "weights" / "alexnet-features.safetensors"
 SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+BORDER = ("--crop-border", "2")
 SCORES = ("psnr_rgb", "ssim_rgb", "psnr_y", "ssim_y")
 needs_lpips = pytest.mark.skipif(find_spec("lpips") is None, reason="lpips is not installed")
 
@@ -172,6 +173,44 @@ def test_bicubic_scores_are_means_over_frames_and_then_clips(evaluate, folder, c
         assert row["frame_mean"][score] != pytest.approx(row[score], abs=1e-9)
 
 
+def test_frames_that_equal_their_originals_are_left_out_and_named(
+    evaluate, clips, tmp_path, capsys
+):
+    out = clips["one"] // 2 + 60
+    out[[2, 5]] = clips["one"][[2, 5]]
+    write(tmp_path / "hr" / "one", clips["one"])
+    write(tmp_path / "out" / "one", out)
+    words = ("--data", f"a={tmp_path / 'hr'}", "--method", f"folder:{tmp_path / 'out'}")
+    summary = evaluate(*words)
+    row = only(summary)
+    others = [psnr(out[i], clips["one"][i]) for i in (0, 1, 3, 4, 6, 7)]
+    assert row["psnr_rgb"] == pytest.approx(np.mean(others), abs=1e-9)
+    assert (row["frames"], row["perfect_frames"]) == (8, 2)
+    json.dumps(summary, allow_nan=False)
+    assert "2 frames equal their originals (2 of one)" in capsys.readouterr().out
+    kept = next((tmp_path / "results").glob("*.json")).read_text()
+    assert "Infinity" not in kept and json.loads(kept)["worst"] not in (2, 5)
+
+
+def test_the_paper_table_states_what_was_measured(evaluate, folder, clips, tmp_path, capsys):
+    for name, frames in clips.items():
+        write(tmp_path / "lr" / name, shrunk(frames, "pil_bicubic"))
+    lr = f"Vid4={tmp_path / 'lr'}"
+    words = ("--data", f"Vid4={folder}", "--method", "bicubic", "--table1", "--crop-border", "2")
+    summary = evaluate(*words, "--lr", lr)
+    assert "here it is of Vid4 read from disk, 8 bits. Here 2 pixels" in capsys.readouterr().out
+    header, lines = report.table1(summary)
+    cell = lines[-1][header.index("Vid4")]
+    assert cell.startswith(f"{only(summary)['psnr_rgb']:.2f} ")
+    assert cell.endswith(" (part: 2 clips, 13 frames)")
+    evaluate(*words[:-3], f"folder:{folder}", "--table1", "--degradation", "pil_bicubic")
+    text = capsys.readouterr().out
+    assert "here it is pil_bicubic x1/4, 8 bits; of folder: methods unknown" in text
+    assert "paper, RGB, pil_bicubic" in text and "field, Y, LR unknown" in text
+    assert "the field's tables are made with matlab_bicubic: do not compare them with" in text
+    assert "bicubic: uint8 on cpu" in text
+
+
 def test_networks_are_streamed_and_center_sees_no_neighbors(evaluate, folder, clips, weights):
     methods = (f"mana:{weights}", f"center:{weights}")
     summary = evaluate("--data", f"toy={folder}", "--method", *methods)
@@ -205,7 +244,7 @@ def test_low_resolution_frames_from_disk_replace_made_ones(evaluate, folder, cli
     common = ("--data", f"toy={folder}", "--method", "bicubic")
     made = evaluate(*common, "--degradation", "pil_bicubic")
     read = evaluate(*common, "--degradation", "none", "--lr", f"toy={tmp_path / 'lr'}")
-    assert only(read) == only(made)
+    assert only(read) == only(made) | {"degradation": report.FROM_DISK}
     assert only(evaluate(*common)) != only(made)
     assert (read["lr_from_disk"], read["degradation"]) == (["toy"], "none")
 
@@ -220,6 +259,12 @@ def test_tof_is_small_where_the_motion_is_right(evaluate, folder, clips, tmp_pat
     assert same["tof"] == 0
     # the textures move by 1 and by 2 pixels per frame, and the frozen ones by none
     assert [round(still["per_clip"][name]["tof"]) for name in clips] == [1, 2]
+    inside = evaluate("--data", f"toy={folder}", "--method", *methods, "--temporal", *BORDER)
+    assert inside["rows"][1]["tof"] != still["tof"]
+    frames = [x[2:-2, 2:-2] for x in (clips["one"][0, :68, :76], clips["one"][1, :68, :76])]
+    expected = metrics.tof(metrics.flow(frames[0], frames[0]), metrics.flow(*frames))
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")]
+    assert expected in [result["scores"]["tof"][1] for result in kept if len(result["frames"]) == 8]
     assert still["frame_mean"]["tof"] == pytest.approx(
         (7 * still["per_clip"]["one"]["tof"] + 4 * still["per_clip"]["two"]["tof"]) / 11
     )
@@ -232,7 +277,7 @@ def test_videos_are_scored_as_their_frames_are(evaluate, folder, clips, tmp_path
     methods = ("bicubic", f"folder:{tmp_path / 'videos'}")
     read, same = evaluate("--data", f"a={tmp_path / 'videos'}", "--method", *methods)["rows"]
     assert read == only(evaluate("--data", f"a={folder}", "--method", "bicubic"))
-    assert same["psnr_rgb"] == math.inf
+    assert (same["psnr_rgb"], same["perfect_frames"]) == (None, 13)
 
 
 def test_pictures_are_kept_of_as_many_clips_as_the_page_shows(
@@ -250,7 +295,8 @@ def test_pictures_are_kept_of_as_many_clips_as_the_page_shows(
 
 def test_identical_frames_of_another_program_are_perfect(evaluate, folder):
     row = only(evaluate("--data", f"toy={folder}", "--method", f"folder:{folder}"))
-    assert row["psnr_rgb"] == row["psnr_y"] == math.inf
+    assert row["psnr_rgb"] is row["psnr_y"] is None
+    assert (row["frames"], row["perfect_frames"]) == (13, 13)
     assert row["ssim_rgb"] == row["ssim_y"] == 1
     assert row["lr_sha256"] is None  # nobody knows what that program was given
 
@@ -267,6 +313,63 @@ def test_frames_of_another_program_are_found(evaluate, folder, clips, tmp_path, 
     methods = ("bicubic", f"folder:{tmp_path / 'out'}")
     ours, theirs = evaluate("--data", f"toy={folder}", "--method", *methods)["rows"]
     assert {name: theirs[name] for name in SCORES} == {name: ours[name] for name in SCORES}
+
+
+def test_clips_whose_names_differ_in_punctuation_are_told_apart(evaluate, clips, tmp_path, capsys):
+    for number, name in enumerate(("clip_1", "clip1")):
+        frames = clips["one"][number : number + 2]
+        write(tmp_path / "hr" / name, frames)
+        write(tmp_path / "out" / name, frames)
+    row = only(evaluate("--data", f"a={tmp_path / 'hr'}", "--method", f"folder:{tmp_path / 'out'}"))
+    assert row["perfect_frames"] == 4
+    assert "in order" not in capsys.readouterr().err
+
+
+def test_one_file_per_clip_is_enough_where_one_frame_is_scored(evaluate, vimeo, tmp_path, capsys):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "sequences").symlink_to(vimeo / "sequences")
+    (tmp_path / "part" / "sep_testlist.txt").write_text("00001/0005\n00001/0007\n")
+    for folder, names in {"named": ("00001_0005", "00001_0007"), "numbered": ("x1", "x2")}.items():
+        for number, name in zip((5, 7), names, strict=True):
+            frame = vimeo / "sequences" / "00001" / f"000{number}" / "im4.png"
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(frame, tmp_path / folder / f"{name}.png")
+    for folder, ordered in ("named", False), ("numbered", True):
+        method = f"folder:{tmp_path / folder}"
+        row = only(evaluate("--data", f"Vimeo-90K={tmp_path / 'part'}", "--method", method))
+        assert (row["frames"], row["perfect_frames"]) == (2, 2)
+        assert ("taken in order" in capsys.readouterr().err) is ordered
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((70, 77), True), ((68, 76), True), ((68, 77), False), ((71, 79), False), ((72, 80), False)],
+)
+def test_outputs_are_as_large_as_the_original_or_its_crop(evaluate, clips, tmp_path, size, fits):
+    write(tmp_path / "hr" / "two", clips["two"])
+    padded = np.pad(clips["two"], ((0, 0), (0, 2), (0, 3), (0, 0)))
+    write(tmp_path / "out" / "two", padded[:, : size[0], : size[1]])
+    words = ("--data", f"a={tmp_path / 'hr'}", "--method", f"folder:{tmp_path / 'out'}")
+    if fits:
+        assert only(evaluate(*words))["perfect_frames"] == 5
+    else:
+        with pytest.raises(DataError, match=r"must be 76x68 or 77x70 to go with"):
+            evaluate(*words)
+
+
+@pytest.mark.parametrize(("size", "fits"), [((17, 19), True), ((18, 20), True), ((17, 20), False)])
+def test_low_resolution_is_a_quarter_rounded_down_or_up(evaluate, clips, tmp_path, size, fits):
+    write(tmp_path / "hr" / "two", clips["two"])
+    lr = np.pad(shrunk(clips["two"]), ((0, 0), (0, 1), (0, 1), (0, 0)))
+    write(tmp_path / "lr" / "two", lr[:, : size[0], : size[1]])
+    words = ("--data", f"a={tmp_path / 'hr'}", "--method", "bicubic")
+    if fits:
+        row = only(evaluate(*words, "--lr", f"a={tmp_path / 'lr'}"))
+        assert row["psnr_rgb"] == only(evaluate(*words))["psnr_rgb"]
+        assert row["degradation"] == report.FROM_DISK
+    else:
+        with pytest.raises(DataError, match=r"must be 19x17 or 20x18 to go with"):
+            evaluate(*words, "--lr", f"a={tmp_path / 'lr'}")
 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
@@ -316,8 +419,59 @@ def test_reds4_is_four_of_the_clips(tmp_path):
         write(tmp_path / "train_sharp" / clip, np.zeros((1, 12, 12, 3), np.uint8))
     assert names_in("REDS4", tmp_path, tmp_path) == ["000", "011", "015", "020"]
     shutil.rmtree(tmp_path / "train_sharp" / "015")
-    with pytest.raises(DataError, match=r"must hold 000, 011, 015, 020, .* lacks 015"):
+    with pytest.raises(DataError, match=r"must hold 000, 011, 015, 020 .* lacks 015"):
         names_in("reds-4", tmp_path, tmp_path)
+
+
+def test_reds4_is_not_taken_from_other_folders_with_these_numbers(tmp_path):
+    root = tmp_path / "REDS"
+    for clip in ("000", "001", "011", "015", "020"):
+        for folder in ("train/train_sharp", "train/train_sharp_bicubic/X4", "val/val_sharp"):
+            write(root / folder / clip, np.zeros((1, 12, 12, 3), np.uint8))
+    clips = datasets.find_test_set("REDS4", root, tmp_path, None)
+    sharp = root / "train" / "train_sharp"
+    assert [clip.source.place for clip in clips] == [sharp / c for c in datasets.REDS4_CLIPS]
+    with pytest.raises(DataError, match="lacks 000"):
+        names_in("REDS4", root / "val", tmp_path)
+    write(root / "GT" / "011", np.zeros((1, 12, 12, 3), np.uint8))
+    with pytest.raises(
+        DataError, match=r"GT/011 and .*train_sharp/011|train_sharp/011 and .*GT/011"
+    ):
+        names_in("REDS4", root, tmp_path)
+
+
+def test_clips_that_are_left_out_are_named(tmp_path, capsys):
+    for name in ("target", "city"):  # clips, by chance named as originals are
+        write(tmp_path / "plain" / name, np.zeros((1, 12, 12, 3), np.uint8))
+        write(tmp_path / "pairs" / name / "truth", np.zeros((1, 12, 12, 3), np.uint8))
+        write(tmp_path / "pairs" / name / "input4", np.zeros((1, 3, 3, 3), np.uint8))
+    names_in("a", tmp_path / "pairs", tmp_path)
+    assert not capsys.readouterr().err
+    names_in("a", tmp_path / "plain", tmp_path)
+    assert re.search(r"note: of .* only .* left out: city\n", capsys.readouterr().err)
+
+
+def test_a_truncated_video_is_refused(tmp_path):
+    video = tmp_path / "clip.mkv"
+    write_video(video, moving(40, 64, 64))
+    assert datasets.find_test_set("a", video, tmp_path, None)[0].shape == (40, 64, 64)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"clip.mkv must be a whole video, .*\d s; copy it again"):
+        datasets.find_test_set("a", video, tmp_path, None)
+
+
+def test_a_folder_called_dot_has_a_name(tmp_path, monkeypatch):
+    write(tmp_path / "dune", np.zeros((1, 12, 12, 3), np.uint8))
+    monkeypatch.chdir(tmp_path / "dune")
+    assert names_in("a", Path(), tmp_path) == ["dune"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("Vid44", True), ("reds", True), ("vimeo90", True), ("vid_4", False), ("holiday", False)],
+)
+def test_a_misspelled_set_is_noticed(name, line):
+    assert bool(datasets.misspelled(name)) is line
 
 
 @pytest.fixture(scope="module")
@@ -357,11 +511,22 @@ def test_vimeo_scores_the_middle_frame(evaluate, vimeo, weights, tmp_path):
     assert ours["psnr_rgb"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
-def test_vimeo_motion_is_the_six_percent_that_move_most(vimeo, tmp_path, monkeypatch):
+def test_vimeo_motion_is_the_six_percent_that_move_most(vimeo, tmp_path, monkeypatch, capsys):
     expected = ["00001-0005", "00002-0020"]
     assert names_in("Vimeo-90K-Motion", vimeo, tmp_path) == expected
-    monkeypatch.setattr(datasets, "motion", None)  # what was measured is not measured again
+    measured, motion = [], datasets.motion
+    monkeypatch.setattr(datasets, "motion", lambda s: measured.append(s.name) or motion(s))
     assert names_in("vimeo_90k_motion", vimeo, tmp_path) == expected
+    assert not measured  # what was measured is not measured again
+    changed = vimeo / "sequences" / "00001" / "0003" / "im4.png"
+    os.utime(changed, ns=(0, 4 * 10**18))
+    assert names_in("Vimeo-90K-Motion", vimeo, tmp_path) == expected
+    assert measured == ["00001-0003"]  # unless it is another now
+    (cache,) = tmp_path.glob("motion-*.json")
+    cache.write_bytes(b"\xff{")  # damaged
+    assert names_in("Vimeo-90K-Motion", vimeo, tmp_path) == expected
+    assert len(measured) == 35
+    assert "34/34" in capsys.readouterr().err
 
 
 def test_motion_that_was_measured_survives_an_unreadable_frame(vimeo, tmp_path, monkeypatch):
@@ -414,6 +579,26 @@ def test_finished_clips_are_not_computed_again(evaluate, folder, weights, tmp_pa
     run._upscaler.cache_clear()
     evaluate("--data", f"toy={folder}", "--method", f"mana:{other}")
     assert len(computed) == 2
+
+
+def test_damaged_results_are_computed_again(evaluate, folder, tmp_path):
+    words = ("--data", f"toy={folder}", "--method", "bicubic")
+    first = evaluate(*words)
+    one, two = (tmp_path / "results").glob("*.json")
+    one.write_bytes(one.read_bytes()[:100])
+    two.write_text("[]")
+    assert evaluate(*words)["rows"] == first["rows"]
+
+
+def test_a_page_needs_no_second_scoring(evaluate, folder, tmp_path, monkeypatch):
+    words = ("--data", f"toy={folder}", "--method", "bicubic")
+    at_once, later = tmp_path / "at-once.html", tmp_path / "later.html"
+    evaluate(*words, "--html", at_once)
+    for picture in (tmp_path / "results").glob("*.png"):
+        picture.unlink()
+    monkeypatch.setattr(run, "score_frame", lambda *_: pytest.fail("it was scored again"))
+    evaluate(*words, "--html", later)
+    assert later.read_text() == at_once.read_text()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -485,6 +670,41 @@ def _alive(group: int) -> bool:
     return True
 
 
+# ---- speed: 171 frames of 720x576, bicubic, all metrics but LPIPS, in 90 s on two cores
+
+
+def without_lpips(_):
+    raise metrics.LPIPSUnavailable("LPIPS is left out of this test")
+
+
+@pytest.fixture
+def speed(tmp_path, monkeypatch):
+    """Seconds, by this clock, of an evaluation of two clips of so many frames each."""
+
+    def call(clock, frames: int, jobs: int) -> float:
+        for number in range(2):
+            write(tmp_path / "set" / f"clip{number}", moving(frames, 576, 720))
+        monkeypatch.setattr(run, "_lpips", without_lpips)
+        words = ["--data", f"a={tmp_path / 'set'}", "--method", "bicubic", "--jobs", str(jobs)]
+        args = run.parse_args([*words, "--results", str(tmp_path / "results")])
+        began = clock()
+        assert only(run.evaluate(args))["frames"] == 2 * frames
+        return clock() - began
+
+    return call
+
+
+def test_two_frames_take_their_part_of_the_cpu_time(speed):
+    # other processes hardly change CPU time; all imports are made before
+    metrics.ssim(*moving(2, 16, 16))
+    assert speed(time.process_time, frames=1, jobs=1) <= 2 * (2 * 90 / 171)
+
+
+@pytest.mark.slow
+def test_172_frames_take_less_than_90_seconds(speed):
+    assert speed(time.perf_counter, frames=86, jobs=2) < 90
+
+
 # ---- mistakes
 
 
@@ -498,6 +718,10 @@ def mistakes(folder, tmp_path, clips) -> dict[str, str]:
     tiny = tmp_path / "tiny"
     write(tiny / "a", np.zeros((2, 8, 40, 3), np.uint8))
     (tmp_path / "empty").mkdir()
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    Image.fromarray(clips["one"][3, :, :72]).save(mixed / "one" / "0003.png")
+    (tmp_path / "file").write_text("")
     listed = tmp_path / "listed"
     listed.mkdir()
     (listed / "sep_testlist.txt").write_text("00001/0001\n")
@@ -509,7 +733,7 @@ def mistakes(folder, tmp_path, clips) -> dict[str, str]:
     return {
         "FOLDER": str(folder), "SHORT": str(short), "SMALL": str(small), "TINY": str(tiny),
         "EMPTY": str(tmp_path / "empty"), "LISTED": str(listed), "SIZES": str(sizes),
-        "NOTES": str(notes),
+        "NOTES": str(notes), "MIXED": str(mixed), "FILE": str(tmp_path / "file"),
     }  # fmt: skip
 
 
@@ -525,6 +749,9 @@ def mistakes(folder, tmp_path, clips) -> dict[str, str]:
         ("--data a=FOLDER --method mana:tiny --precision fp8", "precision must be auto, fp32"),
         ("--data a=FOLDER --method folder:SHORT", "as many frames as two, 5, it has 4"),
         ("--data a=FOLDER --method folder:SMALL", "must be 76x68 to go with .* got 76x60"),
+        ("--data a=FOLDER --method folder:MIXED", "one size, frame 3 has 72x68 after 76x68"),
+        ("--data a=FOLDER --method bicubic --device gpu9", "device must be auto, cpu or cuda"),
+        ("--data a=FOLDER --method bicubic --results FILE", "--results must be a folder to write"),
         ("--data a=FOLDER --method folder:EMPTY", "must hold videos"),
         ("--data a=FOLDER --lr b=FOLDER --method bicubic", r"one of --data \(a\), got 'b'"),
         ("--data a=FOLDER --lr a=FOLDER --method bicubic", "must be 19x17 .* got 76x68"),
@@ -538,7 +765,7 @@ def mistakes(folder, tmp_path, clips) -> dict[str, str]:
 )
 def test_mistakes_are_one_line(mistakes, arguments, line, tmp_path, backbone, monkeypatch, capsys):
     words = re.sub("[A-Z]{4,}", lambda match: mistakes[match[0]], arguments).split()
-    words += ["--results", str(tmp_path / "results"), "--lpips-backbone", str(backbone)]
+    words = ["--results", str(tmp_path / "results"), *words, "--lpips-backbone", str(backbone)]
     monkeypatch.setattr(sys, "argv", ["run.py", *words, "--jobs", "1"])
     with pytest.raises(SystemExit) as caught:
         run.main()
@@ -546,6 +773,36 @@ def test_mistakes_are_one_line(mistakes, arguments, line, tmp_path, backbone, mo
     assert message.startswith("error: ") and "\n" not in message
     assert re.search(line, message), message
     assert "{" not in capsys.readouterr().out
+
+
+def test_names_are_shown_as_they_are(tmp_path, backbone, monkeypatch, capsys):
+    """Markup, emoji and bytes in no encoding, on both streams and on the page."""
+    odd = os.fsdecode("[b]ö[i] :x: \udcff\\".encode("utf-8", "surrogateescape"))
+    write(tmp_path / odd / odd, moving(2, 33, 34))
+    known = ["--results", "results", "--lpips-backbone", str(backbone), "--jobs", "1"]
+    words = ["--data", f"{odd}={odd}", "--method", f"folder:{odd}", *known, "--html", "report.html"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    run.main()
+    out, err = capsys.readouterr()
+    name = r"[b]ö[i] :x: \udcff" + "\\"
+    assert f"│ {name} " in out and f"mean of {name}" in out
+    assert f"note: {name} is 34x33" in err
+    assert f"<td>{name}</td>" in Path("report.html").read_text()
+    json.loads(out.splitlines()[-1])
+
+
+def test_the_line_comes_before_a_file_that_cannot_be_written(
+    folder, tmp_path, backbone, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    words = ["--data", f"a={folder}", "--method", "bicubic", "--jobs", "1"]
+    words += ["--results", str(tmp_path / "results"), "--lpips-backbone", str(backbone)]
+    words += ["--json", str(tmp_path / "file" / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    with pytest.raises(SystemExit, match=r"^error: --json must be a file that can be written"):
+        run.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
 def test_the_command(folder, tmp_path, backbone):

@@ -13,6 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ needs_browser = pytest.mark.skipif(
 
 def row(dataset: str, method: str, psnr: float, **more) -> dict:
     scores = {"psnr_rgb": psnr, "ssim_rgb": 0.5, "psnr_y": psnr + 1, "ssim_y": 0.6, "lpips": None}
-    return {"dataset": dataset, "method": method, **scores, **more}
+    known = {"clips": 1, "frames": 2, "perfect_frames": 0, "incomplete": None}
+    return {"dataset": dataset, "method": method, **scores, **known, **more}
 
 
 def test_table1_puts_measured_cells_beside_published_ones():
@@ -72,6 +75,13 @@ def test_table2_orders_checkpoints_by_their_memory():
     assert lines[9][1:] == ["measured", "not measured", "not measured"]
 
 
+def test_table2_names_checkpoints_of_other_sizes(capsys):
+    rows = [row("a", "mana:x", 20, memory_slots=64, degradation="pil_bicubic")]
+    summary = {"rows": rows, "crop_border": 0, "lr_from_disk": []}
+    report.show_paper_table("Table 2", report.table2(summary), summary)
+    assert "of other memory sizes, not in the table: mana:x (64)" in capsys.readouterr().out
+
+
 # ---- pictures
 
 
@@ -86,8 +96,17 @@ def test_the_crop_is_where_the_error_is_largest():
     assert report.hardest(original[:40, :50], enlarged[:40, :50]) == (0, 0)
 
 
+def test_whole_frames_shrink_where_there_are_many():
+    frame = np.zeros((400, 1000, 3), np.uint8)
+    sizes = []
+    for form in (report.LARGE, report.SMALL):
+        content = b64decode(report._whole(frame, **form).partition(",")[2])
+        sizes.append(Image.open(BytesIO(content)).size)
+    assert sizes == [(1000, 400), (640, 256)]
+
+
 def test_plot_has_a_point_for_every_frame_and_stays_inside():
-    series = {"a": [20.0, 25.5, math.inf], "<b>": [30.0, 31.0, 29.9]}
+    series = {"a": [20.0, 25.5, None], "<b>": [30.0, 31.0, 29.9]}
     svg = report.plot(series, [3, 4, 5], "PSNR")
     lines = re.findall(r'points="([^"]+)"', svg)
     points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines]
