@@ -490,7 +490,7 @@ def test_unknown_weights_are_named():
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (np.zeros((4, 5, 3), np.float32), "uint8 array or a float tensor, got float32"),
+        (np.zeros((4, 5, 3), np.float32), "uint8 or uint16 array or a float tensor, got float32"),
         (np.zeros((4, 5), np.uint8), "must be [H, W, 3], got [4, 5]"),
         (np.zeros((4, 5, 4), np.uint8), "must be [H, W, 3], got [4, 5, 4]"),
         (np.zeros((0, 5, 3), np.uint8), "must be [H, W, 3], got [0, 5, 3]"),
@@ -498,7 +498,7 @@ def test_unknown_weights_are_named():
         (torch.zeros(4, 5, 3), "[3, H, W] in [0, 1], got [4, 5, 3] of torch.float32"),
         (torch.zeros(3, 4, 0), "[3, H, W] in [0, 1], got [3, 4, 0] of torch.float32"),
         (torch.zeros(1, 3, 4, 5), "[3, H, W] in [0, 1], got [1, 3, 4, 5]"),
-        ("frame.png", "uint8 array or a float tensor, got str"),
+        ("frame.png", "uint8 or uint16 array or a float tensor, got str"),
     ],
 )
 def test_wrong_frames_are_named(frame, message, model):
