@@ -84,7 +84,7 @@ def has_alpha(form: av.VideoFormat) -> bool:
 
 def block(form: str) -> tuple[int, int]:
     """Width and height of the pixels that share a chroma sample."""
-    components = av.VideoFormat(form, 64, 64).components
+    components: Any = av.VideoFormat(form, 64, 64).components
     chroma = components[1] if len(components) > 2 else components[0]
     return 64 // chroma.width, 64 // chroma.height
 

@@ -255,8 +255,10 @@ def _default_output(source: Path, codec: str) -> Path:
         return source.with_name(f"{source.name}_x{SCALE}".replace(".", "_"))
     # Matroska holds every codec and every kind of sound
     webm = ("libvpx-vp9", "libvpx", "libaom-av1", "libsvtav1")
-    kept = source.suffix.lower() in VIDEO_SUFFIXES and (
-        source.suffix.lower() != ".webm" or codec in webm
+    kept = (
+        source.suffix.lower() in VIDEO_SUFFIXES
+        and source.suffix.lower() != ".avi"
+        and (source.suffix.lower() != ".webm" or codec in webm)
     )
     return source.with_name(f"{source.stem}_x{SCALE}{source.suffix if kept else '.mkv'}")
 

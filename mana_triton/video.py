@@ -68,6 +68,13 @@ _LOSSLESS = {
 _SUBTITLES = {
     ".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".mkv": "subrip", ".webm": "webvtt",
 }  # fmt: skip
+# what a transport stream names; it takes all else, too, but nobody could tell what it is
+_IN_TS = re.compile(
+    "h264|hevc|mpeg[124]video|mpeg4|vc1|aac|aac_latm|mp[123]|e?ac3|dts|truehd|opus|s302m"
+    "|dvb_subtitle|dvb_teletext|hdmv_pgs_subtitle|klv|scte_35|timed_id3"
+)
+# ISO 639-2 has two codes for some languages; QuickTime knows the other one
+_QUICKTIME_LANGUAGES = {"deu": "ger", "nld": "dut", "ell": "gre", "isl": "ice", "zho": "chi"}
 # how many of an encoder's units a coordinate of the primaries and a cd/m2 have
 _HDR_UNITS = {"G": 50000, "B": 50000, "R": 50000, "WP": 50000, "L": 10000}
 # tags that describe the input file rather than its content
@@ -524,19 +531,25 @@ class _Copier:
             if end - shift > max(0, chapter["start"] - shift):
                 start = max(0, chapter["start"] - shift)
                 chapters.append(chapter | {"start": start, "end": end - shift})
+        lost = {".ts": ("chapters", "tags"), ".avi": ("chapters",)}.get(self._writer.suffix, ())
+        for what in [name for name in lost if {"chapters": chapters, "tags": tags}[name]]:
+            self._writer.notes.append(f"{self._writer.suffix} files cannot hold {what}")
         if chapters:
             self._output.set_chapters(chapters)
 
     def _add(self, stream: Any) -> None:
         """Make a stream of the output that takes this one's packets, or note that it cannot be."""
+        suffix = self._writer.suffix
         if stream.type == "data" and self._source.chapters() and stream.name == "bin_data":
             return  # this is how mp4 stores chapters; they are written anew
+        if stream.type == "data" and "timecode" in stream.metadata and suffix in _MP4_LIKE:
+            return  # written anew from the tag of the video
         name = f"{stream.type} stream {stream.index} ({stream.name or 'unknown'})"
         if not self._can_hold(stream):
             if stream.type == "audio":
                 raise MediaError(
-                    f"{self._writer.path}: '{self._writer.suffix}' files cannot hold the"
-                    f" input's {name}; write a .mkv file"
+                    f"{self._writer.path}: '{suffix}' files cannot hold the input's {name};"
+                    " write a .mkv file"
                 )
             if stream.type == "subtitle" and (kind := self._text_kind(stream)):
                 target: Any = self._output.add_stream(kind)
@@ -555,14 +568,22 @@ class _Copier:
 
     def _describe(self, target: Any, stream: Any) -> None:
         target.metadata.update(_lasting(stream.metadata))
+        language = target.metadata.get("language", "")
+        if self._writer.suffix == ".mov" and language in _QUICKTIME_LANGUAGES:
+            target.metadata["language"] = _QUICKTIME_LANGUAGES[language]
         target.disposition = stream.disposition
         if stream.type != "attachment":
             self._targets[stream.index] = target
 
     def _can_hold(self, stream: Stream) -> bool:
         """Whether a file like the output with this stream alone gets a header."""
+        suffix, codec = self._writer.suffix, getattr(stream.codec_context, "codec", None)
         if stream.type == "attachment":
-            return self._writer.suffix == ".mkv"
+            return suffix == ".mkv"
+        if suffix == ".avi" and stream.type != "audio":
+            return False
+        if suffix == ".ts" and not _IN_TS.fullmatch(codec.canonical_name if codec else stream.name):
+            return False
         try:
             with av.open(io.BytesIO(), "w", format=self._output.format.name) as trial:
                 trial.add_stream_from_template(stream, opaque=True)
@@ -599,7 +620,9 @@ class _Copier:
         if packet.pts is None or _is_cover(packet.stream):
             return True
         time, stop = packet.pts * packet.time_base, self._reader.stop
-        after_start = not self._reader.start or time >= self._reader.offset
+        # avi has no negative times, and would delay the picture by a whole frame instead
+        cut = self._reader.start or self._writer.suffix == ".avi"
+        after_start = not cut or time >= self._reader.offset
         return after_start and (stop is None or time < stop)
 
     def _is_text(self, packet: _Timed) -> bool:
@@ -748,6 +771,8 @@ class VideoWriter(_Writer):
 
     def _open(self, codec: str, crf: float | None, options: dict, pix_fmt: str | None) -> None:
         reader = self._reader
+        if self.suffix == ".avi":
+            self.notes.append("avi has no start times: sound may be off by up to a frame")
         if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
             ticks = str(max(1000, reader.time_base.denominator))
             self._container.container_options["movie_timescale"] = ticks
@@ -863,13 +888,13 @@ class VideoWriter(_Writer):
             elif codec.lossy:
                 self.notes.append(f"{codec.name} has no crf; it encodes at its default quality")
         context.options = self._bounded(context, options)
-        given = " ".join(f"{key}={value}" for key, value in context.options.items())
+        given = (f"{k}={v}" for k, v in context.options.items() if k != "chroma_sample_location")
         try:
             context.open()
         except FFmpegError as error:
             raise MediaError(
-                f"{codec.name} refuses {self.width}x{self.height} {self._format.name} {given}:"
-                f" {_reason(error)}; choose other options or another --codec"
+                f"{codec.name} refuses {self.width}x{self.height} {self._format.name}"
+                f" {' '.join(given)}: {_reason(error)}; choose other options or another --codec"
             ) from error
         if unused := ", ".join(context.options):
             raise MediaError(

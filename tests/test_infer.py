@@ -416,7 +416,7 @@ def test_unusable_input(kind, message, cli, tmp_path):
     ("arguments", "message"),
     [
         (["-o", "{}/none/out.mp4"], "{}/none/out.mp4: there is no folder {}/none; create it first"),
-        (["-o", "{}/out.avi"], "{}/out.avi: cannot write '.avi' files; use one of .mp4 .m4v"),
+        (["-o", "{}/out.flv"], "{}/out.flv: cannot write '.flv' files; use one of .mp4 .m4v"),
         (["-o", "{}/clip.mp4"], "{}/clip.mp4: is the input itself; choose another output"),
         (["--codec", "x266"], "unknown video encoder 'x266'; use for example libx264, "),
         (["-e", "speed=9"], "libx264 has no option speed; see ffmpeg -h encoder=libx264"),
