@@ -254,10 +254,11 @@ class VideoReader(_Reader):
             )
         videos = [s for s in streams.video if not _is_cover(s)]
         if videos and wanted is not None:
-            known = ", ".join(f"{s.index} ({s.name} {s.width}x{s.height})" for s in videos)
+            known = [s for s in videos if s.codec_context]
             videos = [s for s in videos if s.index == wanted]
             if not videos:
-                raise MediaError(f"{self.path}: stream {wanted} is not a video; choose {known}")
+                choices = ", ".join(f"{s.index} ({s.name} {s.width}x{s.height})" for s in known)
+                raise MediaError(f"{self.path}: stream {wanted} is not a video; choose {choices}")
         if not videos or videos[0].codec_context is None:
             what = "its video codec is unknown" if videos else "it has no video stream"
             if not streams:
@@ -539,19 +540,20 @@ class _Copier:
 
     def _add(self, stream: Any) -> None:
         """Make a stream of the output that takes this one's packets, or note that it cannot be."""
+        codec = getattr(stream, "name", None)  # a stream of unknown codec has no such attribute
         suffix = self._writer.suffix
-        if stream.type == "data" and self._source.chapters() and stream.name == "bin_data":
+        if stream.type == "data" and self._source.chapters() and codec == "bin_data":
             return  # this is how mp4 stores chapters; they are written anew
         if stream.type == "data" and "timecode" in stream.metadata and suffix in _MP4_LIKE:
             return  # written anew from the tag of the video
-        name = f"{stream.type} stream {stream.index} ({stream.name or 'unknown'})"
+        name = f"{stream.type} stream {stream.index} ({codec or 'unknown'})"
         if not self._can_hold(stream):
-            if stream.type == "audio":
+            if stream.type == "audio" and codec:
                 raise MediaError(
                     f"{self._writer.path}: '{suffix}' files cannot hold the input's {name};"
                     " write a .mkv file"
                 )
-            if stream.type == "subtitle" and (kind := self._text_kind(stream)):
+            if stream.type == "subtitle" and codec and (kind := self._text_kind(stream)):
                 target: Any = self._output.add_stream(kind)
                 self._converted[stream.index] = target
                 target.codec_context.subtitle_header = stream.codec_context.subtitle_header
@@ -562,7 +564,9 @@ class _Copier:
                 self._writer.notes.append(f"{name} is left out")
             return
         target = cast(Any, self._output.add_stream_from_template(stream, opaque=True))
-        if stream.type == "video":  # not among the codec's parameters
+        if (
+            stream.type == "video" and stream.sample_aspect_ratio
+        ):  # not among the codec's parameters
             target.sample_aspect_ratio = stream.sample_aspect_ratio
         self._describe(target, stream)
 
@@ -582,7 +586,8 @@ class _Copier:
             return suffix == ".mkv"
         if suffix == ".avi" and stream.type != "audio":
             return False
-        if suffix == ".ts" and not _IN_TS.fullmatch(codec.canonical_name if codec else stream.name):
+        name = codec.canonical_name if codec else getattr(stream, "name", None) or ""
+        if suffix == ".ts" and not _IN_TS.fullmatch(name):
             return False
         try:
             with av.open(io.BytesIO(), "w", format=self._output.format.name) as trial:
@@ -780,8 +785,9 @@ class VideoWriter(_Writer):
         if isinstance(reader, VideoReader):
             if reader.display_matrix:  # before the header; its translation is in pixels
                 matrix = list(reader.display_matrix)
-                matrix[6] = matrix[6] * self.width // reader.width
-                matrix[7] = matrix[7] * self.height // reader.height
+                limit = 2**31 - 1  # which only a damaged file's numbers exceed
+                matrix[6] = min(max(matrix[6] * self.width // reader.width, -limit), limit)
+                matrix[7] = min(max(matrix[7] * self.height // reader.height, -limit), limit)
                 self._stream.set_display_matrix(matrix)
             self._copier = _Copier(reader, self)
         self._container.start_encoding()
