@@ -139,7 +139,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             )
             shown = _show_notes(reader, writer)
             frames = 0
-            ahead = max(min(AHEAD // (3 * sides * width * height), 4), 1)
+            size = (3 if reader.bits <= 8 else 6) * sides * width * height
+            ahead = max(min(AHEAD // size, 4), 1)
             enlarged = in_thread(_enlarged(reader, upscaler, args.compare), ahead)
             with (
                 contextlib.closing(enlarged),

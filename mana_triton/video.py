@@ -783,6 +783,8 @@ class VideoWriter(_Writer):
             self._container.container_options["movie_timescale"] = ticks
         self._stream = self._add_video(codec, crf, options, pix_fmt)
         if isinstance(reader, VideoReader):
+            if reader.display_matrix and self.suffix in (".avi", ".ts"):
+                self.notes.append(f"{self.suffix} files cannot hold rotation")
             if reader.display_matrix:  # before the header; its translation is in pixels
                 matrix = list(reader.display_matrix)
                 limit = 2**31 - 1  # which only a damaged file's numbers exceed
@@ -815,8 +817,12 @@ class VideoWriter(_Writer):
         context.colorspace = 0 if self._format.is_rgb else color.matrix
         context.color_range = self._range
         context.color_primaries, context.color_trc = color.primaries, color.transfer
-        if self._reader.sample_aspect_ratio:
-            context.sample_aspect_ratio = self._reader.sample_aspect_ratio
+        if aspect := self._reader.sample_aspect_ratio:
+            context.sample_aspect_ratio = aspect
+            # PyAV cannot tell it to Matroska, and these codecs have no place for it
+            placeless = codec in ("libvpx-vp9", "libsvtav1", "prores_ks")
+            if aspect != 1 and placeless and self.suffix in (".mkv", ".webm"):
+                self.notes.append(f"pixel aspect {aspect} is left out: choose another --codec")
         if encoder.canonical_name == "hevc" and self.suffix in _MP4_LIKE:
             context.codec_tag = "hvc1"  # Apple's players refuse the default, hev1
         if self.suffix == ".avi":

@@ -484,3 +484,16 @@ def test_demo_clip_with_two_of_everything(tmp_path):
         kinds = [stream.split()[0] for stream in streams_of(out)]
         assert sorted(kinds) == sorted(stream.split()[0] for stream in before)
         assert hashes(out, "video", 1) == hashes(DEMO / "nasa.mp4", "video", 1)
+
+
+def test_what_is_lost_is_said(tmp_path):
+    """Oblong pixels and rotation, where the output has no place for them."""
+    aspect, turned = Fraction(4, 3), (90, False)
+    source = media.write_video(tmp_path / "a.mkv", PICTURES[:3], aspect=aspect, rotation=turned)
+    _, writer = convert(source, tmp_path / "b.webm", codec="libvpx-vp9")
+    assert "pixel aspect 4/3 is left out: choose another --codec" in writer.notes
+    for suffix in (".ts", ".avi"):
+        _, writer = convert(source, tmp_path / f"b{suffix}")
+        assert f"{suffix} files cannot hold rotation" in writer.notes
+    with open_reader(tmp_path / "b.ts") as reader:
+        assert (reader.sample_aspect_ratio, reader.rotation) == (aspect, 0)

@@ -182,7 +182,7 @@ def test_subtitles_fonts_and_covers(tmp_path):
     assert media.packets(subbed, "subtitle") == media.packets(tmp_path / "sub.mkv", "subtitle")
     assert len(media.packets(subbed, "subtitle")) == 2
     _, writer = convert(subbed, tmp_path / "sub.mp4")
-    assert any("(subrip) is converted to mov_text" in note for note in writer.notes)
+    assert any("(srt) is converted to mov_text" in note for note in writer.notes)
     assert read_subtitles(tmp_path / "sub.mp4") == [(100, 500, "eins"), (600, 1200, "zwei äöü")]
     convert(tmp_path / "sub.mp4", tmp_path / "back.mkv")
     assert read_subtitles(tmp_path / "back.mkv") == [(100, 500, "eins"), (600, 1200, "zwei äöü")]
