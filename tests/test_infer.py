@@ -11,7 +11,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import media
@@ -596,7 +596,7 @@ def test_ten_bits_another_stream_and_no_loss(cli, tmp_path):
             with av.open(str(path)) as container:
                 for packet in container.demux(video=0):
                     if packet.size:
-                        packet.stream = out.streams[index]
+                        cast(Any, packet).stream = out.streams[index]
                         out.mux(packet)
     arguments = ["--stream", 1, "--codec", "ffv1", "--lossless", "--compare", "--no-limits"]
     code, summary, _ = cli(both, *arguments, "-o", tmp_path / "out.mkv")
