@@ -427,7 +427,7 @@ class VideoReader(_Reader):
             if (frame.width, frame.height) != (self.width, self.height):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
-                frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC)
+                frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
             rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
             yield Frame(rgb, picture.pts, self.time_base, picture.duration, alpha=alpha)
 
