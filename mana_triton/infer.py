@@ -3,7 +3,8 @@
 INPUT is a video, a folder of pictures (one clip), or a folder of videos (each is enlarged).
 The result is written beside it as <name>_x4.<ext> unless -o says otherwise; -o video.mp4 makes a
 video of a folder of pictures, -o with a name without suffix makes a folder of PNG files of a
-video. Sound, subtitles, chapters, timestamps, rotation and color tags are kept.
+video. Sound, subtitles, other streams, chapters, timestamps, rotation, colors and more than 8 bits
+are kept; what the container cannot hold is named. Interlaced video is deinterlaced.
 
     python -m mana_triton.infer holiday.mp4
     python -m mana_triton.infer holiday.mp4 -o big.mkv --codec libx265 --crf 20 -e preset=slow
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,7 +41,7 @@ from .model import SCALE
 from .stream import DTYPES, Upscaler, in_thread
 from .video import VIDEO_SUFFIXES, Frame, MediaError, open_reader, open_writer
 
-READABLE = (*VIDEO_SUFFIXES, ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
+READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
 
@@ -73,6 +75,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("-e", dest="options", action="append", default=[], type=_option, metavar="KEY=VALUE",
         help="an option of the encoder; repeatable")  # fmt: skip
+    add("--lossless", action="store_true", help="keep every bit of the result; large files")
+    add("--stream", type=int, metavar="N", help="enlarge this stream of the file (default: the"
+        " first video; other videos are copied)")  # fmt: skip
+    add("--no-limits", action="store_true", help="take very large pictures and many streams, too")
     add("--start", type=_seconds, metavar="S", help="begin at this second")
     add("--end", type=_seconds, metavar="S", help="stop before this second")
     add("--compare", action="store_true", help="write bicubic and the result side by side")
@@ -113,12 +119,13 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         MediaError: the input cannot be read or the output not written.
     """
     began = time.perf_counter()
-    with open_reader(source, args.start, args.end) as reader:
+    chosen = {"stream": args.stream, "limits": not args.no_limits}
+    with open_reader(source, args.start, args.end, **chosen) as reader:
         width, height = SCALE * reader.width, SCALE * reader.height
         sides = 2 if args.compare else 1
         settings = {
             "codec": args.codec, "crf": args.crf, "options": dict(args.options),
-            "overwrite": args.overwrite,
+            "overwrite": args.overwrite, "lossless": args.lossless,
         }  # fmt: skip
         tile, why = upscaler.tile_for(reader.height, reader.width)
         workers = upscaler.workers_for(reader.height, reader.width)
@@ -132,7 +139,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             )
             shown = _show_notes(reader, writer)
             frames = 0
-            ahead = max(min(AHEAD // (3 * sides * width * height), 4), 1)
+            size = (3 if reader.bits <= 8 else 6) * sides * width * height
+            ahead = max(min(AHEAD // size, 4), 1)
             enlarged = in_thread(_enlarged(reader, upscaler, args.compare), ahead)
             with (
                 contextlib.closing(enlarged),
@@ -185,6 +193,11 @@ def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     """Bicubic enlargement and ours: [4H, 8W, 3]."""
     from .data import upscale_bicubic
 
+    if lr.dtype == np.uint16:
+        pixels = torch.from_numpy(lr).permute(2, 0, 1)[None].double().div_(65535)
+        large = F.interpolate(pixels, scale_factor=SCALE, mode="bicubic", align_corners=False)
+        bicubic = large[0].clamp_(0, 1).mul_(65535).round_().permute(1, 2, 0).numpy()
+        return np.concatenate([bicubic.astype(np.uint16), enlarged], 1)
     return np.concatenate([upscale_bicubic(torch.from_numpy(lr.copy())).numpy(), enlarged], 1)
 
 
@@ -243,8 +256,10 @@ def _default_output(source: Path, codec: str) -> Path:
         return source.with_name(f"{source.name}_x{SCALE}".replace(".", "_"))
     # Matroska holds every codec and every kind of sound
     webm = ("libvpx-vp9", "libvpx", "libaom-av1", "libsvtav1")
-    kept = source.suffix.lower() in VIDEO_SUFFIXES and (
-        source.suffix.lower() != ".webm" or codec in webm
+    kept = (
+        source.suffix.lower() in VIDEO_SUFFIXES
+        and source.suffix.lower() != ".avi"
+        and (source.suffix.lower() != ".webm" or codec in webm)
     )
     return source.with_name(f"{source.stem}_x{SCALE}{source.suffix if kept else '.mkv'}")
 

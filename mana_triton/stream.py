@@ -156,7 +156,8 @@ class Upscaler:
         """Enlarge frames one after the other; memory does not grow with their number.
 
         Args:
-            frames: arrays [H, W, 3] uint8 or tensors [3, H, W] in [0, 1], all of one size.
+            frames: arrays [H, W, 3] uint8 or uint16 (0 .. 65535) or tensors [3, H, W] in [0, 1],
+                all of one size.
 
         Yields:
             For each frame, in order, its enlargement in the type it was given.
@@ -267,14 +268,13 @@ class Upscaler:
         return self._decode(z, center.lr, center.frame)
 
     def _decode(self, z: Tensor, lr: Tensor, like: Picture) -> Picture:
-        """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] uint8, or [3, 4H, 4W] in [0, 1]."""
-        to_array = isinstance(like, np.ndarray)
+        """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] integers, or [3, 4H, 4W] in [0, 1]."""
+        white = None if isinstance(like, Tensor) else np.iinfo(like.dtype).max
         height, width = z.shape[2:]
         tile, _ = self.tile_for(height, width)
         halo = self.model.receptive_field
-        out = torch.empty(
-            SCALE * height, SCALE * width, 3, dtype=torch.uint8 if to_array else torch.float32
-        )
+        kind = {None: torch.float32, 255: torch.uint8, 65535: torch.uint16}[white]
+        out = torch.empty(SCALE * height, SCALE * width, 3, dtype=kind)
         for y0, y1 in _spans(height, tile):
             for x0, x1 in _spans(width, tile):
                 top, left = max(y0 - halo, 0), max(x0 - halo, 0)
@@ -283,10 +283,10 @@ class Upscaler:
                 rows = slice(SCALE * (y0 - top), SCALE * (y1 - top))
                 part = part[0, :, rows, SCALE * (x0 - left) : SCALE * (x1 - left)]
                 part = rearrange(part, "c h w -> h w c").clamp_(0, 1)
-                if to_array:
-                    part = part.mul_(255).round_()
+                if white:
+                    part = part.mul_(white).round_()
                 out[SCALE * y0 : SCALE * y1, SCALE * x0 : SCALE * x1] = part
-        if to_array:
+        if not isinstance(like, Tensor):
             return out.numpy()
         return rearrange(out, "h w c -> c h w").to(like).contiguous()
 
@@ -297,13 +297,13 @@ def upscale(
     """Enlarge the frames of a video four times.
 
     Args:
-        frames: an array [T, H, W, 3] uint8, a tensor [T, 3, H, W] in [0, 1], or any iterable of
-            such frames, which is read as the result is consumed.
+        frames: an array [T, H, W, 3] uint8 or uint16 (0 .. 65535), a tensor [T, 3, H, W] in
+            [0, 1], or any iterable of such frames, which is read as the result is consumed.
         model: shipped weights ("tiny"), a weights file, or a MANA.
         options: device, precision, tile, backend, scene_cuts, chunk, workers: see `Upscaler`.
 
     Returns:
-        An iterator of the enlarged frames, [4H, 4W, 3] uint8 or [3, 4H, 4W] in [0, 1].
+        An iterator of the enlarged frames, [4H, 4W, 3] in that type or [3, 4H, 4W] in [0, 1].
 
     Raises:
         ValueError, CheckpointError: see `Upscaler`.
@@ -335,12 +335,13 @@ def _to_tensor(frame: Picture) -> Tensor:
                 f"got {list(frame.shape)} of {frame.dtype}"
             )
         return frame.float()
-    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8):
+    if not (isinstance(frame, np.ndarray) and frame.dtype in (np.uint8, np.uint16)):
         kind = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise ValueError(f"a frame must be a uint8 array or a float tensor, got {kind}")
+        raise ValueError(f"a frame must be a uint8 or uint16 array or a float tensor, got {kind}")
     if not (frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
         raise ValueError(f"an array frame must be [H, W, 3], got {list(frame.shape)}")
-    return rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w").float().div_(255)
+    top = np.iinfo(frame.dtype).max
+    return rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w").float().div_(top)
 
 
 def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
@@ -398,6 +399,8 @@ def _thumbnail(frame: Picture, side: int) -> np.ndarray:
     if isinstance(frame, Tensor):
         frame = rearrange(frame.detach().float().cpu() * 255, "c h w -> h w c").numpy()
     luma = frame @ np.array([0.299, 0.587, 0.114], np.float32)
+    if frame.dtype == np.uint16:
+        luma /= 257
     y, x = (np.linspace(0, n, min(n, side) + 1).astype(int) for n in luma.shape)
     sums = np.add.reduceat(np.add.reduceat(luma, y[:-1], 0), x[:-1], 1)
     return sums / np.outer(np.diff(y), np.diff(x))

@@ -4,13 +4,15 @@
         for frame in reader:
             writer.write(enlarge(frame.rgb), frame)
 
-Pixels are full-range RGB, uint8. The matrix and range between them and the file's YUV are always
-given explicitly: swscale's own choice is wrong for untagged files and when encoding. Timestamps
-are the input's. Audio, subtitles, fonts, chapters and tags are copied without re-encoding. An
-output has its final name only once it is complete.
+Pixels are full-range RGB, uint8, or uint16 if the file has more than 8 bits; color.py converts
+them. Timestamps are the input's. Audio, subtitles, fonts, other streams, chapters and tags are
+copied without re-encoding; subtitles that the container cannot hold as they are become its own
+kind of text. Interlaced frames are deinterlaced, one for one. An output has its final name only
+once it is complete.
 """
 
 import errno
+import io
 import itertools
 import math
 import os
@@ -25,16 +27,25 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import av
+import av.filter
 import numpy as np
+from av import logging
 from av.codec.codec import UnknownCodecError, find_best_pix_fmt_of_list
 from av.error import FFmpegError, InvalidDataError
 from av.format import Flags as FormatFlags
 from av.stream import Disposition, Stream
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
-from PIL import Image, ImageOps
+from av.video.reformatter import ColorRange, Interpolation
+from PIL import Image
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".ts", ".nut")  # that can be written
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+from . import color as colors
+from . import images
+from .color import Color
+
+# that can be written
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".nut")
+IMAGE_SUFFIXES = images.SUFFIXES
+MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
+MAX_STREAMS = 100
 ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
 
 _MP4_LIKE = (".mp4", ".m4v", ".mov")
@@ -44,22 +55,28 @@ _LOOKAHEAD = {
     "libx264": {"ultrafast": 0, "superfast": 0, "veryfast": 10, "faster": 20, "fast": 30},
     "libx265": {"ultrafast": 5, "superfast": 10, "veryfast": 15, "faster": 15, "fast": 15},
 }
-# swscale's default skips chroma interpolation and rounds loosely: up to 6/255 off instead of 2
-_SCALING = (
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
-# H.273 matrix number, which is also FFmpeg's -> our name, swscale's number
-_MATRICES = {
-    1: ("bt709", Colorspace.ITU709),
-    4: ("fcc", Colorspace.FCC),
-    5: ("bt601", Colorspace.ITU601),
-    6: ("bt601", Colorspace.ITU601),
-    7: ("smpte240m", Colorspace.SMPTE240M),
-    9: ("bt2020", Colorspace.BT2020),
+# what makes an encoder lossless: encoder for 8 bits, for more bits; formats; options
+_LOSSLESS = {
+    "libx264": ("libx264rgb", "rgb24", "libx264", "yuv444p10le", {"qp": "0"}),
+    "libx265": ("libx265", "gbrp", "libx265", "gbrp{bits}le", {"x265-params": "lossless=1"}),
+    "libvpx-vp9": ("libvpx-vp9", "gbrp", None, "", {"lossless": "1"}),
+    "ffv1": ("ffv1", "bgr0", "ffv1", "gbrp{bits}le", {}),
+    "h264_nvenc": ("h264_nvenc", "yuv444p", None, "", {"tune": "lossless"}),
+    "hevc_nvenc": ("hevc_nvenc", "yuv444p", "hevc_nvenc", "yuv444p16le", {"tune": "lossless"}),
 }
+# subtitles as text, in the words of each kind of container
+_SUBTITLES = {
+    ".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".mkv": "subrip", ".webm": "webvtt",
+}  # fmt: skip
+# what a transport stream names; it takes all else, too, but nobody could tell what it is
+_IN_TS = re.compile(
+    "h264|hevc|mpeg[124]video|mpeg4|vc1|aac|aac_latm|mp[123]|e?ac3|dts|truehd|opus|s302m"
+    "|dvb_subtitle|dvb_teletext|hdmv_pgs_subtitle|klv|scte_35|timed_id3"
+)
+# ISO 639-2 has two codes for some languages; QuickTime knows the other one
+_QUICKTIME_LANGUAGES = {"deu": "ger", "nld": "dut", "ell": "gre", "isl": "ice", "zho": "chi"}
+# how many of an encoder's units a coordinate of the primaries and a cd/m2 have
+_HDR_UNITS = {"G": 50000, "B": 50000, "R": 50000, "WP": 50000, "L": 10000}
 # tags that describe the input file rather than its content
 _STALE_TAG = re.compile(
     "major_brand|minor_version|compatible_brands|encoder|duration|bps|number_of_(frames|bytes)"
@@ -85,10 +102,11 @@ class Frame:
     """A picture and when it is shown.
 
     Attributes:
-        rgb: [H, W, 3] uint8, full-range RGB.
+        rgb: [H, W, 3] full-range RGB, uint8 or, of more than 8 bits, uint16 (0 .. 65535).
         pts: presentation time, in units of `time_base` seconds.
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
+        alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
     """
 
     rgb: np.ndarray
@@ -96,27 +114,7 @@ class Frame:
     time_base: Fraction
     duration: int = 0
     name: str | None = None
-
-
-@dataclass(frozen=True)
-class Color:
-    """What a file's numbers mean: H.273 code points, 2 = unspecified."""
-
-    matrix: int = 1
-    full_range: bool = False
-    primaries: int = 1
-    transfer: int = 1
-    guessed: bool = False
-
-    @property
-    def name(self) -> str:
-        """bt601, bt709, bt2020, ..."""
-        return _MATRICES[self.matrix][0]
-
-    @property
-    def sws(self) -> tuple[Colorspace, ColorRange]:
-        """Matrix and range in swscale's numbers."""
-        return _MATRICES[self.matrix][1], ColorRange.JPEG if self.full_range else ColorRange.MPEG
+    alpha: np.ndarray | None = None
 
 
 @contextmanager
@@ -178,17 +176,21 @@ class _Reader:
 
 
 class VideoReader(_Reader):
-    """Frames of the first video stream of a file, in presentation order; iterate once.
+    """Frames of a video stream of a file, in presentation order; iterate once.
 
     Args:
         path: any file FFmpeg can decode.
         start: leave out frames before this many seconds (by seeking, not by decoding all).
         end: leave out frames at or after this many seconds.
+        stream: index of the video stream in the file; None for the first.
+        limits: refuse files of more than MAX_STREAMS streams or MAX_PIXELS pixels a picture.
 
     Attributes:
         width, height: pixels as coded, before `rotation` (degrees counterclockwise) is applied.
         rate: nominal frames per second; the timestamps may be irregular.
         frame_count: expected number of frames, for progress only; None if unknown.
+        bits: of a channel in the file.
+        mastering, light_level: HDR10 metadata as in the file, None if there is none.
         colorspace, color_range, color_guessed: how YUV is decoded ("bt709", "limited"), and
             whether that is a guess because the file does not say; `color` has all tags.
         offset: seconds of the input that are zero of the output; not 0 if the start is cut.
@@ -199,8 +201,17 @@ class VideoReader(_Reader):
         MediaError: the file is missing, unreadable, not a video, or has no frame in the range.
     """
 
-    def __init__(self, path: str | Path, start: float | None = None, end: float | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        stream: int | None = None,
+        limits: bool = True,
+    ):
         self.path, self.start, self.end = Path(path), start or None, end
+        self._wanted, self._limits = stream, limits
         self.notes, self.truncated = [], None
         self._open()
         try:
@@ -217,14 +228,11 @@ class VideoReader(_Reader):
     def _open(self) -> None:
         with _explained(self.path, "read it as a video"):
             self._container = av.open(f"file:{self.path}", metadata_errors="replace")
-        videos = [s for s in self._container.streams.video if not _is_cover(s)]
-        if not videos or videos[0].codec_context is None:
-            what = "its video codec is unknown" if videos else "it has no video stream"
-            if not self._container.streams:
-                what = "it is not a video, or it is damaged"
+        try:
+            self._stream = stream = self._choose_stream()
+        except BaseException:
             self._container.close()
-            raise MediaError(f"{self.path}: {what}; give another file or convert this one")
-        self._stream = stream = videos[0]
+            raise
         stream.thread_type = "SLICE"  # frame threads hold frames, and lose them at damaged ends
         self._damaged = 0
         self.stream_index, self.time_base = stream.index, stream.time_base or 1 / Fraction(90000)
@@ -236,6 +244,30 @@ class VideoReader(_Reader):
             ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
             self._origin = ticks * self.time_base
         self.stop = None if self.end is None else _exact(self.end) + self._origin
+
+    def _choose_stream(self) -> av.VideoStream:
+        streams, wanted = self._container.streams, self._wanted
+        if self._limits and len(streams) > MAX_STREAMS:
+            raise MediaError(
+                f"{self.path}: has {len(streams)} streams, more than {MAX_STREAMS};"
+                " use --no-limits if you trust it"
+            )
+        videos = [s for s in streams.video if not _is_cover(s)]
+        if videos and wanted is not None:
+            known = [s for s in videos if s.codec_context]
+            videos = [s for s in videos if s.index == wanted]
+            if not videos:
+                choices = ", ".join(f"{s.index} ({s.name} {s.width}x{s.height})" for s in known)
+                raise MediaError(f"{self.path}: stream {wanted} is not a video; choose {choices}")
+        if not videos or videos[0].codec_context is None:
+            what = "its video codec is unknown" if videos else "it has no video stream"
+            if not streams:
+                what = "it is not a video, or it is damaged"
+            raise MediaError(f"{self.path}: {what}; give another file or convert this one")
+        if self._limits:
+            _check_size(self.path, videos[0].width, videos[0].height)
+            videos[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        return videos[0]
 
     def _range_hint(self) -> str:
         if self.start is None and self.end is None:
@@ -259,7 +291,10 @@ class VideoReader(_Reader):
         matrix = first.side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
-        self.color = self._find_color(first)
+        self.color, self.bits = self._find_color(first), colors.depth(first.format)
+        side_data = {data.type.name: bytes(data) for data in first.side_data}
+        self.mastering = _mastering(side_data.get("MASTERING_DISPLAY_METADATA", b""))
+        self.light_level = _light_level(side_data.get("CONTENT_LIGHT_LEVEL", b""))
         self.colorspace, self.color_guessed = self.color.name, self.color.guessed
         self.color_range = "full" if self.color.full_range else "limited"
         self.offset = first.pts * self.time_base if self.start else self._origin
@@ -269,32 +304,46 @@ class VideoReader(_Reader):
         elif self._end:
             end = min(self._end, self._end if self.stop is None else float(self.stop))
             self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
-        if first.interlaced_frame:
-            self._note("the video is interlaced and enlarged as it is; better deinterlace it first")
-        if any(component.is_alpha for component in first.format.components):
-            self._note("transparency is dropped")
-        if self.color.transfer in (16, 18):
-            self._note("HDR video is processed with 8 bits per channel")
+        if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & set(side_data):
+            self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
 
     def _find_color(self, first: av.VideoFrame) -> Color:
         name, matrix = first.format.name, first.colorspace
         full = first.color_range == ColorRange.JPEG or name.startswith("yuvj")
-        self._is_rgb = first.format.is_rgb or first.format.has_palette
-        if self._is_rgb or name.startswith("gray"):
-            return Color(full_range=full and not self._is_rgb)
+        primaries, transfer = (1 if x == 2 else x for x in (first.color_primaries, first.color_trc))
+        if first.format.is_rgb or first.format.has_palette or name.startswith("gray"):
+            code = 9 if primaries == 9 else 1
+            is_gray = name.startswith("gray")
+            return Color(code, full and is_gray, primaries, transfer)
+        siting = self._find_siting(name)
         if matrix == 2:  # unspecified: what players assume, by size
             code = 1 if first.height >= 720 else 6
-            guess = Color(code, full, code, code, guessed=True)
+            guess = Color(code, full, code, code, guessed=True, siting=siting)
             self._note(f"the file does not say which colors it uses; taken as {guess.name}")
             return guess
-        if matrix not in _MATRICES:
+        if matrix not in colors.MATRICES:
             raise MediaError(
                 f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
             )
-        return Color(matrix, full, first.color_primaries, first.color_trc)
+        return Color(matrix, full, first.color_primaries, first.color_trc, siting=siting)
+
+    def _find_siting(self, form: str) -> str:
+        """Where chroma lies; PyAV tells only in a verbose description of the file."""
+        level = logging.get_level()
+        logging.set_libav_level(logging.VERBOSE)
+        logging.set_level(logging.VERBOSE)
+        try:
+            described = cast(Any, self._container).dumps_format()
+        finally:
+            logging.set_libav_level(logging.INFO)  # FFmpeg's default
+            logging.set_level(level)
+        line = re.search(rf"Stream #0:{self.stream_index}\b.*Video: .*", described)
+        names = "|".join(sorted(colors.SITINGS, key=len, reverse=True))
+        said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None
+        return said[1] if said else "left"
 
     def _in_range(self) -> Iterator[_Timed]:
-        frames, start = self._decoded(), self._origin + _exact(self.start or 0)
+        frames, start = self._progressive(), self._origin + _exact(self.start or 0)
         if self.start:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
@@ -303,7 +352,7 @@ class VideoReader(_Reader):
             if first is None or first.pts * self.time_base > start:  # failed or overshot
                 self._container.close()
                 self._open()
-                frames = self._decoded()
+                frames = self._progressive()
             else:
                 frames = itertools.chain([first], frames)
         for frame in frames:
@@ -313,6 +362,20 @@ class VideoReader(_Reader):
             if time >= start:
                 self._damaged += frame.is_corrupt
                 yield frame
+
+    def _progressive(self) -> Iterator[_Timed]:
+        """All frames from here on, deinterlaced from the first interlaced one."""
+        graph: _Deinterlacer | None = None
+        for frame in self._decoded():
+            if graph and not graph.takes(frame):
+                yield from graph.push(None)
+                graph = None
+            if graph is None and frame.interlaced_frame and min(frame.width, frame.height) >= 16:
+                self._note("the video is interlaced; deinterlaced by bwdif, frame by frame")
+                graph = _Deinterlacer(frame, self.time_base)
+            yield from graph.push(frame) if graph else [frame]
+        if graph:
+            yield from graph.push(None)
 
     def _decoded(self) -> Iterator[_Timed]:
         """All frames from here on, with increasing timestamps; damage is counted and skipped."""
@@ -359,24 +422,79 @@ class VideoReader(_Reader):
             self.truncated = f"frames damaged or missing: {self._damaged}"
 
     def __iter__(self) -> Iterator[Frame]:
-        matrix, color_range = self.color.sws
-        for frame in self._frames:
+        for picture in self._frames:
+            frame = picture
             if (frame.width, frame.height) != (self.width, self.height):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
-            picture = frame.reformat(
-                self.width,
-                self.height,
-                "rgb24",
-                src_colorspace=matrix,
-                src_color_range=ColorRange.JPEG if self._is_rgb else color_range,
-                dst_color_range=ColorRange.JPEG,
-                interpolation=_SCALING,
-            )
-            yield Frame(picture.to_ndarray(), frame.pts, self.time_base, frame.duration)
+                size = self.width, self.height
+                frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
+            rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
+            yield Frame(rgb, picture.pts, self.time_base, picture.duration, alpha=alpha)
 
     def close(self) -> None:
         """Close the file."""
         self._container.close()
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{path}: pictures of {width}x{height} are larger than {MAX_PIXELS} pixels;"
+            " use --no-limits if you trust the file and have the memory"
+        )
+
+
+def _mastering(data: bytes) -> dict[str, tuple[Fraction, ...]] | None:
+    """Primaries and white point (x, y) and luminance (cd/m2) of the display it was made on."""
+    if len(data) < 88:
+        return None
+    *ratios, has_primaries, has_luminance = np.frombuffer(data[:88], np.int32).tolist()
+    if not (has_primaries and has_luminance and all(ratios[1::2])):
+        return None
+    values = [Fraction(a, b) for a, b in zip(ratios[::2], ratios[1::2], strict=True)]
+    red, green, blue, white, (low, high) = zip(values[::2], values[1::2], strict=True)
+    return {"G": green, "B": blue, "R": red, "WP": white, "L": (high, low)}
+
+
+def _light_level(data: bytes) -> tuple[int, int] | None:
+    """Brightest pixel and brightest mean of a frame, cd/m2."""
+    if len(data) < 8:
+        return None
+    brightest, mean = np.frombuffer(data[:8], np.uint32).tolist()
+    return brightest, mean
+
+
+class _Deinterlacer:
+    """FFmpeg's bwdif: one progressive frame for each frame; progressive ones pass unchanged."""
+
+    def __init__(self, frame: _Timed, time_base: Fraction):
+        self._kind, self._time_base = (frame.width, frame.height, frame.format.name), time_base
+        self._graph = av.filter.Graph()
+        width, height, form = self._kind
+        source = self._graph.add_buffer(
+            width=width, height=height, format=form, time_base=time_base
+        )
+        bwdif = self._graph.add("bwdif", "mode=send_frame:deint=interlaced")
+        sink = self._graph.add("buffersink")
+        source.link_to(bwdif)
+        bwdif.link_to(sink)
+        self._graph.configure()
+
+    def takes(self, frame: _Timed) -> bool:
+        return (frame.width, frame.height, frame.format.name) == self._kind
+
+    def push(self, frame: _Timed) -> Iterator[_Timed]:
+        """Put in one frame, None at the end, and take out what is ready."""
+        self._graph.vpush(frame)
+        while True:
+            try:
+                done: _Timed = self._graph.vpull()
+            except (BlockingIOError, EOFError):
+                return
+            ratio = done.time_base / self._time_base
+            done.pts, done.duration = round(done.pts * ratio), round(done.duration * ratio)
+            done.time_base = self._time_base
+            yield done
 
 
 class _Copier:
@@ -387,6 +505,7 @@ class _Copier:
         self._source = av.open(f"file:{reader.path}", metadata_errors="replace")
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
+        self._converted: dict[int, Any] = {}
         for stream in self._source.streams:
             if stream.index != reader.stream_index:
                 self._add(stream)
@@ -413,31 +532,75 @@ class _Copier:
             if end - shift > max(0, chapter["start"] - shift):
                 start = max(0, chapter["start"] - shift)
                 chapters.append(chapter | {"start": start, "end": end - shift})
+        lost = {".ts": ("chapters", "tags"), ".avi": ("chapters",)}.get(self._writer.suffix, ())
+        for what in [name for name in lost if {"chapters": chapters, "tags": tags}[name]]:
+            self._writer.notes.append(f"{self._writer.suffix} files cannot hold {what}")
         if chapters:
             self._output.set_chapters(chapters)
 
-    def _add(self, stream: Stream) -> None:
+    def _add(self, stream: Any) -> None:
         """Make a stream of the output that takes this one's packets, or note that it cannot be."""
-        if stream.type == "data" and self._source.chapters():
+        codec = getattr(stream, "name", None)  # a stream of unknown codec has no such attribute
+        suffix = self._writer.suffix
+        if stream.type == "data" and self._source.chapters() and codec == "bin_data":
             return  # this is how mp4 stores chapters; they are written anew
-        name = f"{stream.type} stream {stream.index} ({stream.name or 'unknown'})"
-        wanted = stream.type in ("audio", "subtitle") or _is_cover(stream)
-        if wanted or (stream.type == "attachment" and self._writer.suffix == ".mkv"):
-            try:
-                target = self._output.add_stream_from_template(stream, opaque=True)
-            except (ValueError, FFmpegError) as error:
-                if stream.type == "audio":
-                    raise MediaError(
-                        f"{self._writer.path}: '{self._writer.suffix}' files cannot hold the"
-                        f" input's {name}; write a .mkv file"
-                    ) from error
+        if stream.type == "data" and "timecode" in stream.metadata and suffix in _MP4_LIKE:
+            return  # written anew from the tag of the video
+        name = f"{stream.type} stream {stream.index} ({codec or 'unknown'})"
+        if not self._can_hold(stream):
+            if stream.type == "audio" and codec:
+                raise MediaError(
+                    f"{self._writer.path}: '{suffix}' files cannot hold the input's {name};"
+                    " write a .mkv file"
+                )
+            if stream.type == "subtitle" and codec and (kind := self._text_kind(stream)):
+                target: Any = self._output.add_stream(kind)
+                self._converted[stream.index] = target
+                target.codec_context.subtitle_header = stream.codec_context.subtitle_header
+                target.codec_context.time_base = target.time_base = stream.time_base
+                self._describe(target, stream)
+                self._writer.notes.append(f"{name} is converted to {kind}; its styles may be lost")
             else:
-                target.metadata.update(_lasting(stream.metadata))
-                target.disposition = stream.disposition
-                if stream.type != "attachment":
-                    self._targets[stream.index] = target
-                return
-        self._writer.notes.append(f"{name} is left out")
+                self._writer.notes.append(f"{name} is left out")
+            return
+        target = cast(Any, self._output.add_stream_from_template(stream, opaque=True))
+        if (
+            stream.type == "video" and stream.sample_aspect_ratio
+        ):  # not among the codec's parameters
+            target.sample_aspect_ratio = stream.sample_aspect_ratio
+        self._describe(target, stream)
+
+    def _describe(self, target: Any, stream: Any) -> None:
+        target.metadata.update(_lasting(stream.metadata))
+        language = target.metadata.get("language", "")
+        if self._writer.suffix == ".mov" and language in _QUICKTIME_LANGUAGES:
+            target.metadata["language"] = _QUICKTIME_LANGUAGES[language]
+        target.disposition = stream.disposition
+        if stream.type != "attachment":
+            self._targets[stream.index] = target
+
+    def _can_hold(self, stream: Stream) -> bool:
+        """Whether a file like the output with this stream alone gets a header."""
+        suffix, codec = self._writer.suffix, getattr(stream.codec_context, "codec", None)
+        if stream.type == "attachment":
+            return suffix == ".mkv"
+        if suffix == ".avi" and stream.type != "audio":
+            return False
+        name = codec.canonical_name if codec else getattr(stream, "name", None) or ""
+        if suffix == ".ts" and not _IN_TS.fullmatch(name):
+            return False
+        try:
+            with av.open(io.BytesIO(), "w", format=self._output.format.name) as trial:
+                trial.add_stream_from_template(stream, opaque=True)
+                trial.start_encoding()
+        except (ValueError, FFmpegError):
+            return False
+        return True
+
+    def _text_kind(self, stream: Any) -> str | None:
+        """The container's kind of subtitles if these are text."""
+        stream.codec_context.open(strict=False)
+        return _SUBTITLES.get(self._writer.suffix) if stream.codec_context.subtitle_header else None
 
     def until(self, seconds: Fraction | None) -> None:
         """Copy the packets up to this time of the input; None copies all that is left."""
@@ -448,7 +611,8 @@ class _Copier:
                 return
             self._waiting = None
             if self._is_in_range(packet):
-                self._mux(packet)
+                for ready in self._as_text(packet) if self._is_text(packet) else [packet]:
+                    self._mux(ready, packet.stream.index)
 
     def _next(self) -> _Timed:
         try:
@@ -461,14 +625,33 @@ class _Copier:
         if packet.pts is None or _is_cover(packet.stream):
             return True
         time, stop = packet.pts * packet.time_base, self._reader.stop
-        after_start = not self._reader.start or time >= self._reader.offset
+        # avi has no negative times, and would delay the picture by a whole frame instead
+        cut = self._reader.start or self._writer.suffix == ".avi"
+        after_start = not cut or time >= self._reader.offset
         return after_start and (stop is None or time < stop)
 
-    def _mux(self, packet: _Timed) -> None:
+    def _is_text(self, packet: _Timed) -> bool:
+        return packet.stream.index in self._converted
+
+    def _as_text(self, packet: _Timed) -> Iterator[_Timed]:
+        """The packet in the output's kind of subtitles; nothing for an empty one."""
+        try:
+            lines = packet.stream.codec_context.decode2(packet)
+            if lines is None or not len(lines):
+                return
+            text = self._converted[packet.stream.index].codec_context.encode_subtitle(lines)
+        except FFmpegError as error:
+            self._writer.notes.append(f"a subtitle was left out: {_reason(error)}")
+            return
+        text.pts = text.dts = packet.pts
+        text.time_base, text.duration = packet.time_base, packet.duration
+        yield text
+
+    def _mux(self, packet: _Timed, index: int) -> None:
         if shift := round(self._reader.offset / packet.time_base):
             packet.pts = None if packet.pts is None else packet.pts - shift
             packet.dts = None if packet.dts is None else packet.dts - shift
-        packet.stream = self._targets[packet.stream.index]
+        packet.stream = self._targets[index]
         try:
             self._output.mux_one(packet)
         except InvalidDataError:  # the input's fault, not the disk's
@@ -484,16 +667,20 @@ class _Copier:
 class _Writer:
     """What both kinds of writer share: checks, the temporary name and the context manager."""
 
-    def __init__(
-        self, path: str | Path, reader: "VideoReader | ImageFolderReader", width: int, height: int
-    ):
+    def __init__(self, path: str | Path, reader: "Reader", width: int, height: int):
         self.path, self.notes = Path(path), []
         self.suffix = self.path.suffix.lower()
         self.width, self.height, self._reader = width, height, reader
 
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
     def _claim(self, overwrite: bool) -> Path:
         """A hidden name beside the output's, after checking that the output may be written."""
         path = self.path
+        if path.is_symlink():
+            raise MediaError(f"{path}: is a symbolic link; give the file's own name")
         if path.exists():
             if path.samefile(self._reader.path):
                 raise MediaError(f"{path}: is the input itself; choose another output")
@@ -504,9 +691,10 @@ class _Writer:
         return path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
 
     def _check(self, rgb: np.ndarray) -> None:
-        if rgb.shape != (self.height, self.width, 3) or rgb.dtype != np.uint8:
+        if rgb.shape != (self.height, self.width, 3) or rgb.dtype not in (np.uint8, np.uint16):
             raise ValueError(
-                f"rgb must be [{self.height}, {self.width}, 3] uint8, got {rgb.shape} {rgb.dtype}"
+                f"rgb must be [{self.height}, {self.width}, 3] uint8 or uint16,"
+                f" got {rgb.shape} {rgb.dtype}"
             )
 
     def close(self) -> None:
@@ -538,7 +726,8 @@ class VideoWriter(_Writer):
         crf: constant quality, for encoders that have it; None for their default.
         options: further encoder options; "pix_fmt" is taken as the argument of that name.
         overwrite: replace an existing output.
-        pix_fmt: None means yuv420p, or what the encoder has closest to it.
+        pix_fmt: None means yuv420p with the input's bits, or what the encoder has closest to it.
+        lossless: keep every bit of the pictures, by what the encoder has for that.
 
     Attributes:
         notes: lines the user should see.
@@ -550,7 +739,7 @@ class VideoWriter(_Writer):
     def __init__(
         self,
         path: str | Path,
-        reader: "VideoReader | ImageFolderReader",
+        reader: "Reader",
         width: int,
         height: int,
         *,
@@ -559,9 +748,12 @@ class VideoWriter(_Writer):
         options: Mapping[str, str] | None = None,
         overwrite: bool = False,
         pix_fmt: str | None = None,
+        lossless: bool = False,
     ):
         super().__init__(path, reader, width, height)
         self._copier: _Copier | None = None
+        self._time_base = 1 / reader.rate if self.suffix == ".avi" else reader.time_base
+        self._last = -1  # tick of the last frame of an avi
         self._durations: dict[int, int] = {}  # by pts, of the frames the encoder holds
         self._finished = False
         if self.suffix not in VIDEO_SUFFIXES:
@@ -572,6 +764,8 @@ class VideoWriter(_Writer):
         self._part = self._claim(overwrite)
         options = {key: str(value) for key, value in (options or {}).items()}
         pix_fmt = options.pop("pix_fmt", pix_fmt)
+        if lossless:
+            codec, crf, options, pix_fmt = self._without_loss(codec, options, pix_fmt)
         self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
         try:
             with _explained(self.path, "write"):
@@ -582,15 +776,20 @@ class VideoWriter(_Writer):
 
     def _open(self, codec: str, crf: float | None, options: dict, pix_fmt: str | None) -> None:
         reader = self._reader
+        if self.suffix == ".avi":
+            self.notes.append("avi has no start times: sound may be off by up to a frame")
         if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
             ticks = str(max(1000, reader.time_base.denominator))
             self._container.container_options["movie_timescale"] = ticks
         self._stream = self._add_video(codec, crf, options, pix_fmt)
         if isinstance(reader, VideoReader):
+            if reader.display_matrix and self.suffix in (".avi", ".ts"):
+                self.notes.append(f"{self.suffix} files cannot hold rotation")
             if reader.display_matrix:  # before the header; its translation is in pixels
                 matrix = list(reader.display_matrix)
-                matrix[6] = matrix[6] * self.width // reader.width
-                matrix[7] = matrix[7] * self.height // reader.height
+                limit = 2**31 - 1  # which only a damaged file's numbers exceed
+                matrix[6] = min(max(matrix[6] * self.width // reader.width, -limit), limit)
+                matrix[7] = min(max(matrix[7] * self.height // reader.height, -limit), limit)
                 self._stream.set_display_matrix(matrix)
             self._copier = _Copier(reader, self)
         self._container.start_encoding()
@@ -614,24 +813,76 @@ class VideoWriter(_Writer):
         self._choose_format(encoder, pix_fmt)
         color, context = self._reader.color, stream.codec_context
         context.width, context.height, context.pix_fmt = self.width, self.height, self._format.name
-        context.time_base = stream.time_base = self._reader.time_base
+        context.time_base = stream.time_base = self._time_base
         context.colorspace = 0 if self._format.is_rgb else color.matrix
         context.color_range = self._range
         context.color_primaries, context.color_trc = color.primaries, color.transfer
-        if self._reader.sample_aspect_ratio:
-            context.sample_aspect_ratio = self._reader.sample_aspect_ratio
+        if aspect := self._reader.sample_aspect_ratio:
+            context.sample_aspect_ratio = aspect
+            # PyAV cannot tell it to Matroska, and these codecs have no place for it
+            placeless = codec in ("libvpx-vp9", "libsvtav1", "prores_ks")
+            if aspect != 1 and placeless and self.suffix in (".mkv", ".webm"):
+                self.notes.append(f"pixel aspect {aspect} is left out: choose another --codec")
         if encoder.canonical_name == "hevc" and self.suffix in _MP4_LIKE:
             context.codec_tag = "hvc1"  # Apple's players refuse the default, hev1
-        self._open_encoder(context, crf, options)
+        if self.suffix == ".avi":
+            context.max_b_frames = 0  # it has no times of presentation to put them in order
+        self._open_encoder(context, crf, options | self._hdr_options(codec, options))
         return stream
+
+    def _without_loss(
+        self, codec: str, options: dict[str, str], pix_fmt: str | None
+    ) -> tuple[str, None, dict[str, str], str]:
+        """Encoder, crf, options and format under which an encoder loses nothing."""
+        if codec not in _LOSSLESS:
+            known = ", ".join(_LOSSLESS)
+            raise MediaError(f"{codec} cannot be lossless in full color; use one of {known}")
+        small, small_format, large, large_format, given = _LOSSLESS[codec]
+        bits = self._reader.bits
+        if bits > 8 and large is None:
+            raise MediaError(f"{codec} has 8 bits and the input has {bits}; use libx265 or ffv1")
+        encoder, form = (small, small_format) if bits <= 8 else (large, large_format)
+        # the even number of bits that holds them, or the most that there are
+        bits = min(-(-bits // 2) * 2, 12 if codec == "libx265" else 16)
+        form = pix_fmt or form.format(bits=bits)
+        if form.startswith("yuv"):
+            self.notes.append(f"{form} rounds the colors once, before the encoder")
+        return encoder, None, given | options, form
+
+    def _hdr_options(self, codec: str, options: dict[str, str]) -> dict[str, str]:
+        """HDR10 metadata in the words of the encoders that take it."""
+        display, light = (getattr(self._reader, key, None) for key in ("mastering", "light_level"))
+        if not (display or light):
+            return {}
+        words = {
+            "libx265": ("x265-params", "master-display", "max-cll"),
+            "libx264": ("x264-params", "mastering-display", "cll"),
+            "libsvtav1": ("svtav1-params", "mastering-display", "content-light"),
+        }
+        if codec not in words:
+            self.notes.append(f"HDR10 mastering metadata is left out: {codec} cannot take it here")
+            return {}
+        key, display_word, light_word = words[codec]
+        parts = [options.get(key, "")]
+        if display:
+            scale = dict.fromkeys(display, 1) if codec == "libsvtav1" else _HDR_UNITS
+            values = {
+                name: ",".join(f"{float(value * scale[name]):.10g}" for value in pair)
+                for name, pair in display.items()
+            }
+            parts.append(f"{display_word}=" + "".join(f"{k}({v})" for k, v in values.items()))
+        if light:
+            parts.append(f"{light_word}={light[0]},{light[1]}")
+        self.notes.append("HDR10 mastering metadata is in the video stream, not in the container")
+        return {key: ":".join(filter(None, parts))}
 
     def _choose_format(self, encoder: av.Codec, wanted: str | None) -> None:
         offered = [form.name for form in encoder.video_formats or ()]
+        bits = self._reader.bits
         if wanted is None:
-            wanted = "yuv420p"
-            if offered and wanted not in offered:
-                best, _ = find_best_pix_fmt_of_list(offered, wanted)
-                wanted = best.name if best else offered[0]
+            wanted = _closest(offered, bits)
+            if (written := colors.depth(av.VideoFormat(wanted))) < bits:
+                self.notes.append(f"{encoder.name} writes {written} of the input's {bits} bits")
         elif wanted not in (offered or [wanted]):
             known = " ".join(offered)
             raise MediaError(f"{encoder.name} cannot write pix_fmt '{wanted}'; use one of {known}")
@@ -649,13 +900,13 @@ class VideoWriter(_Writer):
             elif codec.lossy:
                 self.notes.append(f"{codec.name} has no crf; it encodes at its default quality")
         context.options = self._bounded(context, options)
-        given = " ".join(f"{key}={value}" for key, value in context.options.items())
+        given = (f"{k}={v}" for k, v in context.options.items() if k != "chroma_sample_location")
         try:
             context.open()
         except FFmpegError as error:
             raise MediaError(
-                f"{codec.name} refuses {self.width}x{self.height} {self._format.name} {given}:"
-                f" {_reason(error)}; choose other options or another --codec"
+                f"{codec.name} refuses {self.width}x{self.height} {self._format.name}"
+                f" {' '.join(given)}: {_reason(error)}; choose other options or another --codec"
             ) from error
         if unused := ", ".join(context.options):
             raise MediaError(
@@ -679,6 +930,8 @@ class VideoWriter(_Writer):
         if tight:
             named = ", ".join(f"{key}={value}" for key, value in tight.items())
             self.notes.append(f"{named} bounds the encoder's memory")
+        if not self._format.is_rgb:
+            options = {"chroma_sample_location": self._reader.color.siting} | options
         if name == "libx264":
             if "threads" not in options:
                 context.thread_count = threads
@@ -691,22 +944,34 @@ class VideoWriter(_Writer):
         return options
 
     def write(self, rgb: np.ndarray, frame: Frame) -> None:
-        """Encode one picture, [height, width, 3] uint8 RGB, at the time of `frame`."""
+        """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
         self._check(rgb)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), "rgb24").reformat(
-            format=self._format.name,
-            dst_colorspace=self._reader.color.sws[0],
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=self._range,
-            interpolation=_SCALING,
-        )
-        picture.pts = frame.pts - int(self._reader.offset / frame.time_base)
-        picture.time_base, picture.duration = frame.time_base, frame.duration
-        self._durations[picture.pts] = frame.duration
+        if frame.alpha is not None:
+            self._note("transparency is dropped; write a folder of PNG files to keep it")
+        full = self._range == ColorRange.JPEG
+        picture: _Timed = colors.from_rgb(rgb, self._format.name, self._reader.color, full)
+        pts = frame.pts - int(self._reader.offset / frame.time_base)
+        picture.pts, picture.duration = self._timed(pts, frame)
+        picture.time_base = self._time_base
+        self._durations[picture.pts] = picture.duration
+        context = self._stream.codec_context  # ProRes takes these from its frames
+        picture.colorspace, picture.color_range = context.colorspace, context.color_range
+        picture.color_primaries, picture.color_trc = context.color_primaries, context.color_trc
         with _explained(self.path, "write"):
             if self._copier:
                 self._copier.until(frame.pts * frame.time_base)
             self._mux(self._stream.encode(picture))
+
+    def _timed(self, pts: int, frame: Frame) -> tuple[int, int]:
+        """Time and duration in ticks of the output; avi only has one tick for each frame."""
+        if self.suffix != ".avi":
+            return pts, frame.duration
+        exact = pts * frame.time_base * self._reader.rate
+        tick = max(round(exact), self._last + 1)
+        if abs(tick - exact) > Fraction(1, 10):
+            self._note("avi holds a constant frame rate only; the times of frames are rounded")
+        self._last = tick
+        return tick, 1
 
     def _mux(self, packets: list[_Timed]) -> None:
         for packet in packets:
@@ -742,13 +1007,27 @@ class VideoWriter(_Writer):
         self._part.unlink(missing_ok=True)
 
 
+def _closest(offered: list[str], bits: int) -> str:
+    """4:2:0 with as many bits, or a few more, or the most there are; else what is closest."""
+    for depth in sorted((8, 10, 12, 14, 16), key=lambda depth: (depth < bits, abs(depth - bits))):
+        names = ("yuv420p",) if depth == 8 else (f"yuv420p{depth}le", f"p0{depth}le")
+        for name in names:
+            if name in (offered or ["yuv420p"]):
+                return name
+        best, _ = find_best_pix_fmt_of_list(offered, names[0]) if offered else (None, 0)
+        if best and colors.depth(best) >= bits:
+            return best.name
+    return offered[0]
+
+
 class ImageFolderReader(_Reader):
     """The pictures of a folder as frames, in natural order of their names (2 before 10).
 
     Args:
-        path: folder of PNG, JPEG, WebP, TIFF or BMP files, 8 bits per channel, all of one size.
+        path: folder of PNG, JPEG, WebP, TIFF or BMP files, 8 or 16 bits, all of one size.
         start, end: seconds, as of a video with `rate` frames per second.
         rate: frames per second.
+        limits: refuse pictures of more than MAX_PIXELS pixels.
 
     Attributes are those of VideoReader; `files` are the pictures.
 
@@ -766,6 +1045,8 @@ class ImageFolderReader(_Reader):
         start: float | None = None,
         end: float | None = None,
         rate: Fraction | int = 25,
+        *,
+        limits: bool = True,
     ):
         self.path, self.start, self.end, self.notes = Path(path), start, end, []
         self.rate, self.time_base = Fraction(rate), 1 / Fraction(rate)
@@ -784,9 +1065,17 @@ class ImageFolderReader(_Reader):
         if not self.files:
             raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
         self.frame_count = len(self.files)
-        self.width, self.height = _image_size(self.files[0])
+        if not limits:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        with _explained(self.files[0], "read the picture"):
+            self.width, self.height = images.picture_size(self.files[0])
+            self.bits = images.picture_bits(self.files[0])
+        if limits:
+            _check_size(self.files[0], self.width, self.height)
         for file in self.files:  # now rather than after hours of work
-            if (size := _image_size(file)) != (self.width, self.height):
+            with _explained(file, "read the picture"):
+                size = images.picture_size(file)
+            if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
                     f" {self.width}x{self.height}; all pictures must have one size"
@@ -794,11 +1083,9 @@ class ImageFolderReader(_Reader):
 
     def __iter__(self) -> Iterator[Frame]:
         for index, file in enumerate(self.files):
-            with _explained(file, "read the picture"), Image.open(file) as image:
-                if image.mode != "RGB":
-                    self._note("gray, transparent or indexed pictures are converted to RGB")
-                rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            yield Frame(rgb, index, self.time_base, 1, file.stem)
+            with _explained(file, "read the picture"):
+                rgb, alpha = images.read_picture(file)
+            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha)
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
@@ -807,18 +1094,10 @@ def _natural(file: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
 
 
-def _image_size(file: Path) -> tuple[int, int]:
-    """Width and height as shown, from the header."""
-    with _explained(file, "read the picture"), Image.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise MediaError(f"{file}: has more than 8 bits per channel; convert it to 8 bits")
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientation
-        width, height = image.size
-        return (height, width) if turned else (width, height)
-
-
 class ImageFolderWriter(_Writer):
     """Writes frames as PNG files into a folder that gets its name when it is complete.
+
+    Pictures have the bits of the input; transparency is enlarged by bicubic interpolation.
 
     Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...
     """
@@ -826,7 +1105,7 @@ class ImageFolderWriter(_Writer):
     def __init__(
         self,
         path: str | Path,
-        reader: VideoReader | ImageFolderReader,
+        reader: "Reader",
         width: int,
         height: int,
         *,
@@ -847,12 +1126,23 @@ class ImageFolderWriter(_Writer):
             self._part.mkdir()
 
     def write(self, rgb: np.ndarray, frame: Frame) -> None:
-        """Write one picture, [height, width, 3] uint8 RGB, under the name of `frame`."""
+        """Write one picture, [height, width, 3] RGB, under the name of `frame`."""
         self._check(rgb)
+        alpha = frame.alpha
+        if alpha is not None:
+            alpha = self._enlarged(alpha)
         name = frame.name or f"{self._count:08d}"
         self._count += 1
         with _explained(self.path, "write"):
-            Image.fromarray(rgb).save(self._part / f"{name}.png", compress_level=3)
+            images.write_picture(self._part / f"{name}.png", rgb, alpha)
+
+    def _enlarged(self, alpha: np.ndarray) -> np.ndarray | None:
+        height, width = alpha.shape
+        if self.width * height != self.height * width:  # two pictures side by side
+            self._note("transparency is dropped")
+            return None
+        self._note("transparency is enlarged by bicubic interpolation")
+        return colors.enlarge_alpha(alpha, self.width, self.height)
 
     def close(self) -> None:
         """Give the folder its name, in place of an older one."""
@@ -870,20 +1160,72 @@ class ImageFolderWriter(_Writer):
         shutil.rmtree(self._part, ignore_errors=True)
 
 
+class AnimationReader(_Reader):
+    """The pictures of an animated WebP, which FFmpeg cannot read; attributes as VideoReader's."""
+
+    rotation, display_matrix, sample_aspect_ratio, truncated, bits = 0, None, None, None, 8
+    color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
+    time_base = Fraction(1, 1000)
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        limits: bool = True,
+    ):
+        self.path, self.start, self.end, self.notes = Path(path), start, end, []
+        self.offset, self.frame_count = _exact(start or 0), None
+        if not limits:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        with _explained(self.path, "read the animation"):
+            self.width, self.height = images.picture_size(self.path)
+        if limits:
+            _check_size(self.path, self.width, self.height)
+        first = next(iter(self), None)
+        if first is None:
+            raise MediaError(f"{path}: no frame from {start or 0} s to {end or 'the end'}")
+        self.rate = Fraction(1000, first.duration or 40)
+
+    def __iter__(self) -> Iterator[Frame]:
+        pts, stop = 0, None if self.end is None else 1000 * _exact(self.end)
+        with _explained(self.path, "read the animation"):
+            for rgb, alpha, duration in images.read_animation(self.path):
+                if stop is not None and pts >= stop:
+                    return
+                if pts >= 1000 * self.offset:
+                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha)
+                pts += duration or 40
+
+
+Reader = VideoReader | ImageFolderReader | AnimationReader
+
+
 def open_reader(
-    path: str | Path, start: float | None = None, end: float | None = None
-) -> VideoReader | ImageFolderReader:
-    """A reader for a video file or a folder of pictures."""
-    return (ImageFolderReader if Path(path).is_dir() else VideoReader)(path, start, end)
+    path: str | Path,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    stream: int | None = None,
+    limits: bool = True,
+) -> Reader:
+    """A reader for a video file, an animation or a folder of pictures."""
+    if Path(path).is_dir() or Path(path).suffix.lower() == ".webp":
+        if stream is not None:
+            raise MediaError(f"{path}: has no streams to choose from")
+        kind = ImageFolderReader if Path(path).is_dir() else AnimationReader
+        return kind(path, start, end, limits=limits)
+    return VideoReader(path, start, end, stream=stream, limits=limits)
 
 
 def open_writer(
-    path: str | Path, reader: VideoReader | ImageFolderReader, width: int, height: int, **settings
+    path: str | Path, reader: "Reader", width: int, height: int, **settings
 ) -> VideoWriter | ImageFolderWriter:
     """A VideoWriter if the path has a suffix, else an ImageFolderWriter; settings as theirs."""
     if Path(path).suffix:
         return VideoWriter(path, reader, width, height, **settings)
-    if settings.get("options"):
+    if settings.get("options") or settings.get("lossless"):
         raise MediaError(f"{path}: a folder of PNG files takes no encoder options")
     overwrite = settings.get("overwrite", False)
     return ImageFolderWriter(path, reader, width, height, overwrite=overwrite)

@@ -1,6 +1,9 @@
 """Small videos for the tests, made with PyAV alone and colored by formula, not by swscale."""
 
 import hashlib
+import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 from av.stream import Disposition
 
 KR_KB = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
@@ -163,3 +167,21 @@ def packets(path: Path, kind: str, index: int = 0) -> list[tuple[Any, str]]:
             for packet in container.demux(stream)
             if packet.size
         ]
+
+
+def ffmpeg(*arguments: object) -> None:
+    """Run the ffmpeg program of the system."""
+    _program("ffmpeg", "-v", "error", "-y", *arguments)
+
+
+def ffprobe(path: Path, what: str = "streams", *arguments: object) -> Any:
+    """What the ffprobe program says of a file's streams, frames, packets or chapters."""
+    found = _program("ffprobe", "-v", "error", f"-show_{what}", "-of", "json", *arguments, path)
+    return json.loads(found)[what]
+
+
+def _program(name: str, *arguments: object) -> str:
+    if not shutil.which(name):
+        pytest.skip(f"needs the program {name} (apt install ffmpeg)")
+    command = [name, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

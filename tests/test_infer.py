@@ -11,7 +11,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import media
@@ -416,7 +416,7 @@ def test_unusable_input(kind, message, cli, tmp_path):
     ("arguments", "message"),
     [
         (["-o", "{}/none/out.mp4"], "{}/none/out.mp4: there is no folder {}/none; create it first"),
-        (["-o", "{}/out.avi"], "{}/out.avi: cannot write '.avi' files; use one of .mp4 .m4v"),
+        (["-o", "{}/out.flv"], "{}/out.flv: cannot write '.flv' files; use one of .mp4 .m4v"),
         (["-o", "{}/clip.mp4"], "{}/clip.mp4: is the input itself; choose another output"),
         (["--codec", "x266"], "unknown video encoder 'x266'; use for example libx264, "),
         (["-e", "speed=9"], "libx264 has no option speed; see ffmpeg -h encoder=libx264"),
@@ -576,3 +576,41 @@ def test_ctrl_c_while_computing(weights, tmp_path):
     assert errors(err) == ["error: stopped; the unfinished output was removed"]
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_ten_bits_another_stream_and_no_loss(cli, tmp_path):
+    """The second video of a file, 10 bits, through the network, side by side, without loss."""
+    rng = np.random.default_rng(0)
+    deep = rng.integers(64, 940, (3, 12, 16)).astype(np.uint16)
+    source = media.write_video(
+        tmp_path / "deep.mkv", [deep] * 3, "yuv444p10le", pix_fmt="yuv444p10le", codec="ffv1",
+        options={"level": "3"}, color=(9, 9, 16, 1),
+    )  # fmt: skip
+    flat = write_clip(tmp_path / "flat.mkv", 3)
+    both = tmp_path / "both 影.mkv"
+    with av.open(str(both), "w") as out:
+        for path in (flat, source):
+            with av.open(str(path)) as container:
+                out.add_stream_from_template(container.streams.video[0], opaque=True)
+        for index, path in enumerate((flat, source)):
+            with av.open(str(path)) as container:
+                for packet in container.demux(video=0):
+                    if packet.size:
+                        cast(Any, packet).stream = out.streams[index]
+                        out.mux(packet)
+    arguments = ["--stream", 1, "--codec", "ffv1", "--lossless", "--compare", "--no-limits"]
+    code, summary, _ = cli(both, *arguments, "-o", tmp_path / "out.mkv")
+    assert (code, summary["frames"], summary["width"]) == (0, 3, 128)
+    with open_reader(tmp_path / "out.mkv") as reader:
+        assert (reader.bits, reader.color.transfer) == (10, 16)
+        assert next(iter(reader)).rgb.dtype == np.uint16
+    assert media.packets(tmp_path / "out.mkv", "video", 1) == media.packets(flat, "video")
+    code, _, err = cli(both, "--stream", 7)
+    assert code == 1
+    assert "stream 7 is not a video; choose 0 (h264 16x12), 1 (ffv1 16x12)" in err
+
+
+def test_no_part_of_the_package_starts_programs():
+    """File names are only ever opened: no shell sees them."""
+    for file in (ROOT / "mana_triton").glob("*.py"):
+        assert not re.search(r"subprocess|os\.(system|popen|exec|spawn)|shell=", file.read_text())

@@ -255,6 +255,22 @@ def test_arrays_are_rounded_tensors(model):
     assert run(model, tensors.double()).sub(from_tensors).abs().max() <= ROUNDING
 
 
+def test_deep_arrays_are_rounded_tensors(model):
+    """16 bits in, 16 bits out, of the same frames and cuts as 8 bits."""
+    arrays = pan(2, 5, 12, 16).astype(np.uint16) * 257
+    arrays[3:] = 65535 - arrays[3:]
+    tensors = torch.from_numpy(arrays.astype(np.float32) / 65535).movedim(-1, 1)
+    results = list(upscale(arrays, model))
+    assert {result.dtype for result in results} == {np.dtype(np.uint16)}
+    deep = torch.from_numpy(np.stack(results).astype(np.float64)).movedim(-1, 1)
+    exact = run(model, tensors).double() * 65535
+    assert (deep - exact).abs().max() <= 0.5 + 65535 * ROUNDING
+    assert (deep % 257 != 0).any()
+    for clip in (arrays, (arrays // 257).astype(np.uint8)):
+        detector = CutDetector()
+        assert [detector.is_cut(frame) for frame in clip] == [False, False, False, True, False]
+
+
 @pytest.mark.parametrize("kind", [iter, list, tuple, lambda frames: (x for x in frames)])
 def test_any_iterable_of_frames_will_do(kind, model):
     arrays = pan(3, 4, 12, 16)
@@ -490,7 +506,7 @@ def test_unknown_weights_are_named():
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (np.zeros((4, 5, 3), np.float32), "uint8 array or a float tensor, got float32"),
+        (np.zeros((4, 5, 3), np.float32), "uint8 or uint16 array or a float tensor, got float32"),
         (np.zeros((4, 5), np.uint8), "must be [H, W, 3], got [4, 5]"),
         (np.zeros((4, 5, 4), np.uint8), "must be [H, W, 3], got [4, 5, 4]"),
         (np.zeros((0, 5, 3), np.uint8), "must be [H, W, 3], got [0, 5, 3]"),
@@ -498,7 +514,7 @@ def test_unknown_weights_are_named():
         (torch.zeros(4, 5, 3), "[3, H, W] in [0, 1], got [4, 5, 3] of torch.float32"),
         (torch.zeros(3, 4, 0), "[3, H, W] in [0, 1], got [3, 4, 0] of torch.float32"),
         (torch.zeros(1, 3, 4, 5), "[3, H, W] in [0, 1], got [1, 3, 4, 5]"),
-        ("frame.png", "uint8 array or a float tensor, got str"),
+        ("frame.png", "uint8 or uint16 array or a float tensor, got str"),
     ],
 )
 def test_wrong_frames_are_named(frame, message, model):

@@ -1,0 +1,114 @@
+"""Single pictures and animations: 8 and 16 bits, transparency, orientation.
+
+Pillow reads what has 8 bits per channel. It would silently halve deeper pictures, which FFmpeg
+reads and writes.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from .color import Color, alpha_of, to_rgb
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha, as in color.py
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """The picture; what Pillow raises for damaged files becomes an OSError."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise OSError("the picture is too large; shrink it first") from error
+    except (SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError) as error:
+        raise OSError("it is damaged") from error
+    except (struct.error, zlib.error, ZeroDivisionError, AttributeError) as error:
+        raise OSError("it is damaged") from error
+
+
+def picture_size(file: Path) -> tuple[int, int]:
+    """Width and height as shown, from the header."""
+    with _opened(file) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def picture_bits(file: Path) -> int:
+    """8 or 16 bits per channel."""
+    with _opened(file) as image:
+        return 16 if _is_deep(image) else 8
+
+
+def read_picture(file: Path) -> Picture:
+    """RGB, uint8 or uint16, and the opacity if there is any transparency."""
+    with _opened(file) as image:
+        deep, turn = _is_deep(image), _orientation(image)  # in this order: the latter loads
+        if deep:
+            with av.open(f"file:{file}") as container:
+                frame = next(container.decode(video=0))
+            rgb, alpha = to_rgb(frame, Color(full_range=True)), alpha_of(frame)
+        else:
+            rgb, alpha = _split(image)
+    return _upright(rgb, turn), None if alpha is None else _upright(alpha, turn)
+
+
+def write_picture(file: Path, rgb: np.ndarray, alpha: np.ndarray | None = None) -> None:
+    """A PNG with as many bits as the arrays."""
+    pixels = rgb if alpha is None else np.dstack([rgb, alpha])
+    if pixels.dtype == np.uint8:
+        Image.fromarray(pixels).save(file, "png", compress_level=3)
+        return
+    frame = av.VideoFrame.from_ndarray(pixels, "rgb48be" if alpha is None else "rgba64be")
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
+    encoder.options = {"compression_level": "3", "pred": "up"}
+    encoder.time_base = Fraction(1)
+    file.write_bytes(b"".join(bytes(p) for p in (*encoder.encode(frame), *encoder.encode(None))))
+
+
+def read_animation(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+    """The pictures of an animation and how many milliseconds each is shown."""
+    with _opened(file) as image:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            rgb, alpha = _split(image)
+            yield rgb, alpha, int(image.info.get("duration", 0))
+
+
+def _split(image: Image.Image) -> Picture:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image), None
+    pixels = np.array(image.convert("RGBA"))
+    alpha = pixels[..., 3]
+    return pixels[..., :3].copy(), None if alpha.min() == 255 else alpha.copy()
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """More than 8 bits per channel, which the mode alone does not tell."""
+    return image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", ""))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8 as in EXIF."""
+    turn = image.getexif().get(0x0112, 1)
+    return turn if turn in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
