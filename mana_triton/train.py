@@ -1,9 +1,10 @@
 """Train MANA on videos, folders of frames, Vimeo-90K or still pictures.
 
 Three stages, as in the paper: everything but the memory branch (L1), the memory branch alone
-(distance of its output to the queries), everything (L1). The weights' moving average is validated
-and exported to OUT/best.safetensors. The same command continues from OUT/last.pt, with the same
-result as a run that was never interrupted. OUT/log.jsonl holds what was measured.
+(distance of its output to the queries), everything (L1). The weights' moving average is rounded
+to float16, validated, and exported to OUT/best.safetensors. The same command continues from
+OUT/last.pt and OUT/optimizer-N.pt, with the same result as a run that was never interrupted.
+OUT/log.jsonl holds what was measured.
 """
 
 import argparse
@@ -94,6 +95,16 @@ class Validation:
             "center_only_psnr_db": self._mean_psnr(enlarge_alone),
             "bicubic_psnr_db": self.bicubic_psnr,
         }
+
+    def seconds(self, model: nn.Module, device: torch.device) -> float:
+        """About how long `measure` takes, from one window of the first clip."""
+        began = time.monotonic()
+        lr, _ = next(self._windows(self.clips[0]))
+        with torch.no_grad():
+            _to_uint8(model(lr.to(device))[0].cpu())
+        pixels = sum(min(self.frames, c.shape[0]) * c.shape[1] * c.shape[2] for c in self.clips)
+        per_pixel = (time.monotonic() - began) / (self.clips[0].shape[1] * self.clips[0].shape[2])
+        return 2 * per_pixel * pixels
 
     def _mean_psnr(self, enlarge: Callable[[Tensor], Tensor]) -> float:
         """PSNR of enlarge(lr [1, 7, 3, h, w]) -> [4h, 4w, 3] uint8, over frames, then clips."""
@@ -259,7 +270,7 @@ class Trainer:
         stills = open_clips(args.stills, args.cache / "stills", kind="still")
         val = open_clips(args.val, args.cache / "val", split="test")
         self.settings = {name: getattr(args, name) for name in FIXED_FLAGS}
-        self.settings |= {"init_from": str(args.init_from), "betas": list(args.betas)}
+        self.settings["betas"] = list(args.betas)
         self.settings |= {"data": _names(clips), "stills": _names(stills), "val": _names(val)}
         self.settings |= {"model": dataclasses.asdict(config)}
         self.sampler = Sampler(
@@ -272,16 +283,19 @@ class Trainer:
             still_fraction=args.still_fraction,
         )
         self.model = _new_model(args, config).to(self.device)
+        self.settings["init_from"] = _fingerprint(self.model) if args.init_from else None
         self.ema = copy.deepcopy(self.model) if args.ema else self.model
         self.lengths = (args.stage1, args.stage2, args.stage3)
         self.total = sum(self.lengths)
         self.iteration = 0
         self.best = {"iteration": 0, "psnr_db": None, "center_only_psnr_db": None}
         self.losses: list[Tensor] = []  # since the last log entry
-        self.optimizer_state: dict | None = None  # of a run to continue
         self.resume()
         self.validation = Validation(val, args.val_frames, args.degradation) if val else None
-        self.validation_seconds = 0.0
+        self.step_seconds = 0.0  # the longest iteration since the last validation
+        self.closing_seconds = 0.0  # what validating takes
+        if args.minutes and self.validation:
+            self.closing_seconds = self.validation.seconds(self.ema, self.device)
 
     # the paper's stages
 
@@ -301,9 +315,8 @@ class Trainer:
             p.requires_grad_(stage == 3 or (id(p) in memory) == (stage == 2))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, betas=tuple(self.args.betas))
-        if self.optimizer_state:
-            self.optimizer.load_state_dict(self.optimizer_state)
-            self.optimizer_state = None
+        if self.iteration > self.stage()[1]:
+            self._restore_optimizer()
 
     def _rate(self, stage: int, start: int) -> float:
         """The learning rate of the next iteration."""
@@ -315,15 +328,14 @@ class Trainer:
         return rate * min(1.0, (k + 1) / args.warmup) if args.warmup else rate
 
     def _step(self, lr: Tensor, hr: Tensor, stage: int, rate: float) -> None:
-        """One iteration."""
-        lr = lr.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
-            if stage == 2:
-                loss = self.model.memory_loss(lr)
-            else:
-                loss = F.l1_loss(self.model(lr), hr.to(self.device, non_blocking=True))
+        """One iteration: the gradient of the whole batch, part by part, and one step along it."""
+        parts = self.args.accumulate
+        loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        loss.backward()
+        for x, y in zip(lr.chunk(parts), hr.chunk(parts), strict=True):
+            part = self._loss(x, y, stage) / parts
+            part.backward()
+            loss += part.detach()
         if self.args.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
         for group in self.optimizer.param_groups:
@@ -335,7 +347,15 @@ class Trainer:
             decay = min(self.args.ema, (1 + self.iteration) / (10 + self.iteration))
             average = get_ema_multi_avg_fn(decay)
             average(list(self.ema.parameters()), list(self.model.parameters()), None)
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
+
+    def _loss(self, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
+        """Mean loss [] of some samples; weights and loss are float32 in every precision."""
+        lr = lr.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
+            if stage == 2:
+                return self.model.memory_loss(lr).float()
+            return F.l1_loss(self.model(lr).float(), hr.to(self.device, non_blocking=True))
 
     # the loop
 
@@ -371,9 +391,11 @@ class Trainer:
         self._start_clock()
         end = start + self.lengths[stage - 1]
         with closing(self.sampler.batches(self.iteration, end, args.workers)) as batches:
+            began = time.monotonic()
             for lr, hr in batches:
                 rate = self._rate(stage, start)
                 self._step(lr, hr, stage, rate)
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
                 self._report(stage, rate)
                 last = self.iteration == self.total or self._out_of_time()
                 if last or self.iteration % args.val_every == 0:
@@ -388,13 +410,15 @@ class Trainer:
                     )
                 if last:
                     break
+                began = time.monotonic()
         return last
 
     def _out_of_time(self) -> bool:
+        """True if another iteration would leave too little of --minutes to validate and save."""
         if not self.args.minutes:
             return False
         elapsed = time.monotonic() - self.began
-        return elapsed + self.validation_seconds > 60 * self.args.minutes
+        return elapsed + self.step_seconds + self.closing_seconds > 60 * self.args.minutes
 
     def _start_clock(self) -> None:
         self.shown = time.monotonic()
@@ -427,14 +451,14 @@ class Trainer:
             )
 
     def _validate(self) -> None:
-        """Measure the averaged weights and export them if they are the best so far."""
+        """Measure the averaged weights as a file holds them; export them if they are the best."""
         self._check_finite()
         began = time.monotonic()
         scores: dict = {"psnr_db": None, "center_only_psnr_db": None}
         better = True
+        model = _rounded(self.ema)
         if self.validation:
-            self.ema.eval()
-            scores = self.validation.measure(self.ema, self.device)
+            scores = self.validation.measure(model, self.device)
             self.log.add(self.iteration, **scores)
             self.display.validated(self.iteration, scores)
             better = self.best["psnr_db"] is None or scores["psnr_db"] > self.best["psnr_db"]
@@ -443,8 +467,9 @@ class Trainer:
             self.best["iteration"] = self.iteration
             iteration, score = str(self.iteration), str(scores["psnr_db"])
             path = self.out / "best.safetensors"
-            checkpoint.save(self.ema, path, iteration=iteration, psnr=score)
-        self.validation_seconds = time.monotonic() - began
+            checkpoint.save(model, path, dtype=torch.float16, iteration=iteration, psnr=score)
+        self.closing_seconds = time.monotonic() - began
+        self.step_seconds = 0.0
 
     def _describe(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -457,7 +482,7 @@ class Trainer:
     # what is kept between runs
 
     def save(self) -> None:
-        """Write OUT/last.pt; a kill at any moment leaves the old or the new one."""
+        """Write OUT/optimizer-N.pt, then OUT/last.pt; a kill leaves the old or the new pair."""
         self._check_finite()
         state = {
             "settings": self.settings,
@@ -465,10 +490,13 @@ class Trainer:
             "best": self.best,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.args.ema else None,
-            "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        optimizer = self._optimizer_file()
+        _write_atomically(optimizer, lambda part: torch.save(self.optimizer.state_dict(), part))
         _write_atomically(self.out / "last.pt", lambda part: torch.save(state, part))
+        for old in set(self.out.glob("optimizer-*.pt")) - {optimizer}:
+            old.unlink()
 
     def resume(self) -> None:
         """Continue from OUT/last.pt if there is one."""
@@ -485,10 +513,31 @@ class Trainer:
         if self.args.ema:
             self.ema.load_state_dict(state["ema"])
         self.iteration, self.best = state["iteration"], state["best"]
-        _, start = self.stage()
-        if self.iteration > start:
-            self.optimizer_state = state["optimizer"]
         torch.set_rng_state(state["rng"])
+
+    def _optimizer_file(self) -> Path:
+        return self.out / f"optimizer-{self.iteration}.pt"
+
+    def _restore_optimizer(self) -> None:
+        """Adam's averages in the middle of a stage; a new stage begins without any."""
+        path = self._optimizer_file()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
+        except checkpoint.UNREADABLE as error:
+            raise TrainingError(
+                f"{path} must hold the optimizer's state to continue, it does not; copy it there, "
+                f"or use another --out with --init-from {self.out / 'best.safetensors'}"
+            ) from error
+
+
+def _rounded(model: MANA) -> MANA:
+    """A copy whose weights are those of a float16 file."""
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.copy_(p.half())
+    return copied
 
 
 def _refuse_changes(path: Path, saved: dict, settings: dict) -> None:
@@ -504,6 +553,14 @@ def _refuse_changes(path: Path, saved: dict, settings: dict) -> None:
             f"{path} was made with other settings: {', '.join(changes)}; "
             "use the same ones or another --out"
         )
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A short text that differs when the weights do."""
+    digest = hashlib.sha256()
+    for x in model.state_dict().values():
+        digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _names(clips: list[Clip]) -> str:
@@ -566,9 +623,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.data and not args.stills:
         parser.error("pass --data or --stills")
-    for name in ("crop", "batch", "val_every", "val_frames", "save_every", "workers"):
+    for name in ("crop", "batch", "accumulate", "val_every", "val_frames", "save_every", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch % args.accumulate:
+        parser.error("--batch must be a multiple of --accumulate")
     if min(args.stage1, args.stage2, args.stage3) < 0 or not 0 <= args.ema < 1:
         parser.error("iterations must be at least 0, and 0 <= --ema < 1")
     if args.stage1 + args.stage2 + args.stage3 == 0:
@@ -590,6 +649,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--degradation", choices=tuple(DEGRADATIONS), default="matlab_bicubic", help="x1/4 method")
     add("--crop", type=int, default=64, help="low-resolution pixels of a sample")
     add("--batch", type=int, default=16, help="samples per iteration")
+    add("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     add("--workers", type=int, default=1, help="threads that prepare batches")
 
 
