@@ -354,8 +354,8 @@ class Trainer:
         lr = lr.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
             if stage == 2:
-                return self.model.memory_loss(lr).float()
-            return F.l1_loss(self.model(lr).float(), hr.to(self.device, non_blocking=True))
+                return self.model.memory_loss(lr)
+            return F.l1_loss(self.model(lr), hr.to(self.device, non_blocking=True))
 
     # the loop
 

@@ -219,6 +219,27 @@ def test_a_file_that_is_no_saved_run_is_refused(cache, tmp_path):
         train.train(arguments(cache, tmp_path), CONFIG)
 
 
+def test_a_missing_optimizer_is_named(cache, tmp_path):
+    train.train(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
+    (tmp_path / "optimizer-1.pt").unlink()
+    with pytest.raises(TrainingError, match=r"optimizer-1\.pt must hold .* --init-from .*best"):
+        train.train(arguments(cache, tmp_path), CONFIG)
+
+
+def test_moved_initial_weights_are_known_again(cache, tmp_path, uninterrupted):
+    """A run goes on where its folders have other names; other weights are refused."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    first.write_bytes((uninterrupted / "best.safetensors").read_bytes())
+    out = tmp_path / "out"
+    train.train(arguments(cache, out, "--init-from", first, "--minutes", 1e-6), CONFIG)
+    first.rename(second)
+    train.train(arguments(cache, out, "--init-from", second, "--minutes", 1e-6), CONFIG)
+    assert state_of(out)["iteration"] == 2
+    checkpoint.save(MANA(CONFIG), first)
+    with pytest.raises(TrainingError, match=r"other settings: --init-from \(was"):
+        train.train(arguments(cache, out, "--init-from", first), CONFIG)
+
+
 def test_other_data_are_refused(cache, tmp_path, uninterrupted):
     args = arguments(cache, uninterrupted)
     args.stills = []
@@ -262,6 +283,24 @@ def test_rates_warm_up_and_follow_the_cosine(cache, tmp_path):
     assert rate(101) == pytest.approx(1e-3 / 4)
     trainer.args.schedule = "constant"
     assert rate(100) == 1e-3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(cache, tmp_path, monkeypatch, stage):
+    """In float64, where nothing but the order of summation differs."""
+    gradients = []
+    for parts in (1, 4):
+        args = arguments(cache, tmp_path, "--batch", 8, "--accumulate", parts, "--ema", 0)
+        trainer = Trainer(args, CONFIG)
+        trainer.model.double()
+        trainer._begin_stage(stage)
+        lr, hr = trainer.sampler.load(0)
+        trainer._step(lr.double(), hr.double(), stage, 1e-3)
+        gradients.append([p.grad for p in trainer.model.parameters() if p.requires_grad])
+    for whole, summed in zip(*gradients, strict=True):
+        assert whole is not None or summed is None
+        if whole is not None:
+            torch.testing.assert_close(summed, whole, rtol=1e-9, atol=1e-12)
 
 
 def test_training_learns_and_the_average_follows(cache, tmp_path):
@@ -407,7 +446,13 @@ def test_failures_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["--data", "x", "--crop", "0"], ["--data", "x", "--ema", "1"], ["--data", "x", "--nope"]],
+    [
+        [],
+        ["--data", "x", "--crop", "0"],
+        ["--data", "x", "--batch", "6", "--accumulate", "4"],
+        ["--data", "x", "--ema", "1"],
+        ["--data", "x", "--nope"],
+    ],
 )
 def test_wrong_usage_exits_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
