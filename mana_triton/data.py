@@ -444,6 +444,7 @@ class Sampler:
         self.crop, self.batch, self.seed = crop, batch, seed
         self.degradation = degradation
         self.still_fraction = still_fraction if clips else 1.0
+        self.seconds: deque[float] = deque(maxlen=100)  # that preparing a batch took
 
     def sample(self, iteration: int, index: int) -> tuple[Tensor, Tensor]:
         """One sample: lr [7, c, c, 3] and the center's hr [4c, 4c, 3], uint8."""
@@ -463,14 +464,27 @@ class Sampler:
         center = hr[WINDOW // 2, SCALE * top : SCALE * top + C, SCALE * left : SCALE * left + C]
         return _augment(lr, center, rng)
 
-    def load(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """The batch of an iteration: lr [B, 7, 3, c, c], hr [B, 3, 4c, 4c], float32 in [0, 1]."""
-        lrs, hrs = zip(*(self.sample(iteration, i) for i in range(self.batch)), strict=True)
+    def load(self, iteration: int, share: range | None = None) -> tuple[Tensor, Tensor]:
+        """The batch of an iteration: lr [B, 7, 3, c, c], hr [B, 3, 4c, 4c], float32 in [0, 1].
+
+        `share` says which of its samples; None is all of them.
+        """
+        began = time.monotonic()
+        indices = range(self.batch) if share is None else share
+        lrs, hrs = zip(*(self.sample(iteration, i) for i in indices), strict=True)
         lr = rearrange(torch.stack(lrs), "b t h w c -> b t c h w")
         hr = rearrange(torch.stack(hrs), "b h w c -> b c h w")
-        return lr.contiguous().float() / 255, hr.contiguous().float() / 255
+        batch = lr.contiguous().float() / 255, hr.contiguous().float() / 255
+        self.seconds.append(time.monotonic() - began)
+        return batch
 
-    def batches(self, start: int, stop: int, workers: int = 1) -> Batches:
+    def per_second(self, workers: int) -> float:
+        """Batches per second that the threads can prepare, by the last hundred."""
+        return workers * len(self.seconds) / sum(self.seconds)
+
+    def batches(
+        self, start: int, stop: int, workers: int = 1, share: range | None = None
+    ) -> Batches:
         """The batches of iterations start..stop-1, prepared ahead in background threads."""
         pool = ThreadPoolExecutor(workers, "batches", torch.set_num_threads, (1,))
         pending = deque()
@@ -478,7 +492,7 @@ class Sampler:
         try:
             for _ in range(start, stop):
                 while len(pending) < workers + 2 and (n := next(ahead, None)) is not None:
-                    pending.append(pool.submit(self.load, n))
+                    pending.append(pool.submit(self.load, n, share))
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,6 @@
 """Training: the stages, exact resume after any kind of stop, validation, what is written."""
 
+import copy
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ import torch
 from mana_triton import checkpoint, data, train
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.train import Trainer, TrainingError, Validation, parse_args, reflect
+from mana_triton.train import Trainer, TrainingError, parse_args
+from mana_triton.validation import Validation, reflect
 
 CONFIG = MANAConfig(
     channels=16, encoder_blocks=1, decoder_blocks=1, memory_slots=8, match="cosine", offsets=True
@@ -38,6 +41,18 @@ config = {CONFIG!r}
 train.MANAConfig.preset = classmethod(lambda cls, name: config)
 train.main()
 """
+
+
+# the same in float64, where only the order of summation tells processes apart
+EXACT_SCRIPT = SCRIPT.replace(
+    "train.main()",
+    """
+load, new_model = data.Sampler.load, train._new_model
+data.Sampler.load = lambda *args: tuple(x.double() for x in load(*args))
+train._new_model = lambda *args: new_model(*args).double()
+train.main()
+""",
+).replace("import train", "import data, train")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +88,12 @@ def flags(cache: Path, out: Path, *more: object) -> list[str]:
 
 def arguments(cache: Path, out: Path, *more: object) -> Namespace:
     return parse_args(flags(cache, out, *more))
+
+
+def run(args: Namespace, config: MANAConfig) -> dict:
+    summary = train.train(args, config)
+    assert summary
+    return summary
 
 
 def start(cache: Path, out: Path, *more: object, without: str = "av,lpips") -> subprocess.Popen:
@@ -133,7 +154,7 @@ def exported(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    summary = train.train(arguments(cache, out), CONFIG)
+    summary = run(arguments(cache, out), CONFIG)
     assert summary["finished"] and summary["iterations"] == 12
     return out
 
@@ -152,7 +173,7 @@ def test_ctrl_c_and_the_same_command_again_change_nothing(
             with pytest.raises(TrainingError, match=f"stopped at iteration {stop} of 12, saved in"):
                 train.train(arguments(cache, tmp_path), CONFIG)
         assert state_of(tmp_path)["iteration"] == stop
-    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+    assert run(arguments(cache, tmp_path), CONFIG)["finished"]
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -167,7 +188,7 @@ def test_sigkill_and_the_same_command_again_change_nothing(cache, tmp_path, unin
     assert state_of(tmp_path)["iteration"] < 12, "the run ended before it was killed"
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"iteration": 5, "psn')
-    assert train.train(arguments(cache, tmp_path, "--workers", 2), CONFIG)["finished"]
+    assert run(arguments(cache, tmp_path, "--workers", 2), CONFIG)["finished"]
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -188,13 +209,13 @@ def test_a_kill_while_saving_leaves_the_last_state(
     with pytest.raises(KeyboardInterrupt):
         train.train(arguments(cache, tmp_path), CONFIG)
     assert state_of(tmp_path)["iteration"] == 4
-    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+    assert run(arguments(cache, tmp_path), CONFIG)["finished"]
     assert_same_run(tmp_path, uninterrupted)
 
 
 def test_a_finished_run_is_not_trained_further(cache, tmp_path, uninterrupted):
     before = state_of(uninterrupted)["iteration"], (uninterrupted / "last.pt").read_bytes()
-    summary = train.train(arguments(cache, uninterrupted), CONFIG)
+    summary = run(arguments(cache, uninterrupted), CONFIG)
     assert summary["finished"] and summary["best_psnr_db"] > 0
     assert before == (12, (uninterrupted / "last.pt").read_bytes())
 
@@ -210,7 +231,7 @@ def test_changed_settings_are_refused_and_named(cache, uninterrupted):
         train.train(arguments(cache, uninterrupted), other)
     # these do not change the result
     free = ("--workers", 2, "--val-every", 3, "--save-every", 5, "--minutes", 9)
-    assert train.train(arguments(cache, uninterrupted, *free), CONFIG)["finished"]
+    assert run(arguments(cache, uninterrupted, *free), CONFIG)["finished"]
 
 
 def test_a_file_that_is_no_saved_run_is_refused(cache, tmp_path):
@@ -269,6 +290,84 @@ def test_each_stage_trains_its_own_parameters(cache, tmp_path):
             assert changed == {"memory"}
 
 
+def launch(processes: int, script: Path, cache: Path, out: Path, *more: object) -> None:
+    """Train by `EXACT_SCRIPT`, without validation: whole frames are not in float64."""
+    script.write_text(EXACT_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", str(processes), str(script), "lpips"]
+    usual = flags(cache, out, "--batch", 4, "--backend", "reference", *more)
+    del usual[usual.index("--val") : usual.index("--val") + 2]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command + usual, env=environment, capture_output=True, timeout=250)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(done.stdout.decode().splitlines()) == 1, "one process prints the summary"
+
+
+def test_two_processes_train_as_one(cache, tmp_path):
+    """From the start, and going on with another number of them.
+
+    Gradients differ by rounding, some 1e-15; Adam divides them by at least 1e-8, times a rate of
+    1e-3 in 12 iterations.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(1, tmp_path / "train.py", cache, one, "--accumulate", 2)
+    launch(2, tmp_path / "train.py", cache, two, "--minutes", 1e-6)
+    assert state_of(two)["iteration"] == 1
+    launch(1, tmp_path / "train.py", cache, two, "--minutes", 1e-6)
+    assert state_of(two)["iteration"] == 2
+    launch(2, tmp_path / "train.py", cache, two)
+    expected, actual = flatten(state_of(one)), flatten(state_of(two))
+    assert expected[".iteration"] == actual[".iteration"] == 12
+    for name, x in expected.items():
+        if isinstance(x, torch.Tensor):
+            error = (actual[name] - x).abs().max()
+            assert error <= 12 * 1e-3 * 1e-15 / 1e-8, f"{name}: {error}"
+
+
+def test_a_batch_that_cannot_be_split_is_refused(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Processes", lambda: SimpleNamespace(rank=0, local_rank=0, count=3))
+    with pytest.raises(TrainingError, match="processes, got 2, 1 and 3; change"):
+        Trainer(arguments(cache, tmp_path), CONFIG)
+
+
+def test_the_average_is_the_weighted_mean():
+    """After n equal steps the old weights keep decay^n; a young run forgets faster."""
+    old, new = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    average = copy.deepcopy(old)
+    for _ in range(3):
+        train.update_average(average, new, 0.9)
+    for actual, a, b in zip(*(m.parameters() for m in (average, old, new)), strict=True):
+        torch.testing.assert_close(actual, 0.9**3 * a + (1 - 0.9**3) * b)
+
+
+def test_the_average_of_a_young_run_forgets(cache, tmp_path):
+    trainer = Trainer(arguments(cache, tmp_path, "--ema", 0.999, "--warmup", 0), CONFIG)
+    trainer._begin_stage(1)
+    expected = [p.detach().clone() for p in trainer.model.parameters()]
+    for n in (1, 2, 3):
+        trainer._step(*trainer.sampler.load(n), 1, 1e-3)
+        decay = (1 + n) / (10 + n)
+        pairs = zip(expected, trainer.model.parameters(), strict=True)
+        expected = [decay * a + (1 - decay) * p.detach() for a, p in pairs]
+    for actual, x in zip(trainer.ema.parameters(), expected, strict=True):
+        torch.testing.assert_close(actual.detach(), x)
+
+
+def test_gradient_noise_is_that_of_the_gradients():
+    """Gradients of known mean and variance; 40,000 of them make the estimate good to percents."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(40_000))
+    optimizer = torch.optim.Adam([p], lr=1e-9, betas=(0.5, 0.99))
+    for _ in range(200):
+        p.grad = 1 + 3 * torch.randn_like(p)
+        optimizer.step()
+    assert train.gradient_noise(optimizer, batch=8) == pytest.approx(8 * 9, rel=0.1)
+    for _ in range(200):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert train.gradient_noise(optimizer, batch=8) is None
+
+
 def test_rates_warm_up_and_follow_the_cosine(cache, tmp_path):
     trainer = Trainer(arguments(cache, tmp_path, "--stage1", 101, "--warmup", 4), CONFIG)
 
@@ -310,7 +409,7 @@ def test_training_learns_and_the_average_follows(cache, tmp_path):
     first = Trainer(args, CONFIG)
     assert first.validation
     before = first.validation.measure(first.model, first.device)["psnr_db"]
-    summary = train.train(args, CONFIG)
+    summary = run(args, CONFIG)
     assert summary["best_psnr_db"] > before + 0.3
     state = state_of(tmp_path)
     distance = (state["ema"]["conv_last.weight"] - state["model"]["conv_last.weight"]).abs().max()
@@ -330,9 +429,27 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_state(cache, tmp_path, mo
                 trainer.model.conv_last.weight.fill_(float("nan"))
 
     monkeypatch.setattr(Trainer, "_step", diverging)
-    with pytest.raises(TrainingError, match="infinite by iteration 5; use another --out"):
+    with pytest.raises(TrainingError, match="no longer finite at iteration 5; use another --out"):
         train.train(arguments(cache, tmp_path), CONFIG)
     assert state_of(tmp_path)["iteration"] == 4
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(cache, tmp_path, monkeypatch):
+    loss = train._loss
+    losses = []
+
+    def failing(*args):
+        losses.append(loss(*args))
+        return losses[-1] * (float("nan") if len(losses) == 6 else 1)
+
+    monkeypatch.setattr(train, "_loss", failing)
+    with pytest.raises(TrainingError, match="the loss is nan at iteration 6; use another --out"):
+        train.train(arguments(cache, tmp_path, "--save-every", 5), CONFIG)
+    state = state_of(tmp_path)
+    assert state["iteration"] == 5
+    assert all(x.isfinite().all() for part in ("model", "ema") for x in state[part].values())
+    monkeypatch.undo()
+    assert run(arguments(cache, tmp_path), CONFIG)["finished"]
 
 
 # ---- validation and outputs
@@ -383,17 +500,17 @@ def test_the_log_holds_validations_and_losses(cache, tmp_path, monkeypatch):
 
 
 def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
-    summary = train.train(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
+    summary = run(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
     assert (summary["iterations"], summary["finished"]) == (1, False)
     assert summary["best_psnr_db"] > 0 and state_of(tmp_path)["iteration"] == 1
     assert isinstance(checkpoint.load(summary["weights"]), MANA)
-    assert train.train(arguments(cache, tmp_path), CONFIG)["finished"]
+    assert run(arguments(cache, tmp_path), CONFIG)["finished"]
 
 
 def test_without_validation_the_last_average_is_exported(cache, tmp_path):
     args = arguments(cache, tmp_path, "--ema", 0)
     args.val = []
-    summary = train.train(args, CONFIG)
+    summary = run(args, CONFIG)
     assert summary["best_psnr_db"] is None and summary["best_iteration"] == 12
     weights = checkpoint.load(tmp_path / "best.safetensors").state_dict()
     for name, x in state_of(tmp_path)["model"].items():
@@ -411,7 +528,7 @@ def test_init_from_starts_from_a_file(cache, tmp_path, uninterrupted):
 
 def test_bf16_iterations_keep_fp32_weights(cache, tmp_path):
     args = arguments(cache, tmp_path, "--precision", "bf16", "--stage3", 1)
-    assert train.train(args, CONFIG)["finished"]
+    assert run(args, CONFIG)["finished"]
     assert {x.dtype for x in state_of(tmp_path)["model"].values()} == {torch.float32}
 
 
