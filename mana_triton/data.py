@@ -14,11 +14,12 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from einops import rearrange
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mana_triton.real import LowClip
 
 SCALE = 4
 WINDOW = 7
@@ -293,7 +297,7 @@ def open_clips(
 
 def _read_cache(cache: Path, kind: str) -> list[Clip]:
     """All clips (or stills) of a cache, by its index alone."""
-    index = _read_index(cache)
+    index = read_index(cache)
     clips = [_as_clip(cache, entry) for entry in index.values() if entry["kind"] == kind]
     if not clips:
         raise DataError(f"{cache / INDEX} must list at least one {kind}, it lists none")
@@ -303,7 +307,7 @@ def _read_cache(cache: Path, kind: str) -> list[Clip]:
     return sorted(clips, key=lambda clip: clip.path.name)
 
 
-def _read_index(cache: Path) -> dict[str, dict]:
+def read_index(cache: Path) -> dict[str, dict]:
     """Source path -> entry; empty when there is no index."""
     file = cache / INDEX
     if not file.is_file():
@@ -321,11 +325,11 @@ def _as_clip(cache: Path, entry: dict) -> Clip:
 def _decode(sources: list[Source], cache: Path) -> list[Clip]:
     """Bring the cache up to date with the sources and open them."""
     cache.mkdir(parents=True, exist_ok=True)
-    index = _read_index(cache)
+    index = read_index(cache)
     clips = []
     saved = time.monotonic()
     try:
-        with _progress() as progress:
+        with decode_progress() as progress:
             for source in progress.track(sources, description=f"decoding into {cache}"):
                 key = str(source.place.resolve())
                 stamp = source.stamp() | {"kind": source.kind}
@@ -334,15 +338,16 @@ def _decode(sources: list[Source], cache: Path) -> list[Clip]:
                 if not fresh:
                     index[key] = _decode_one(source, key, cache) | stamp
                 if not fresh and time.monotonic() > saved + 5:
-                    _write_index(cache, index)
+                    write_index(cache, index)
                     saved = time.monotonic()
                 clips.append(_as_clip(cache, index[key]))
     finally:
-        _write_index(cache, index)
+        write_index(cache, index)
     return clips
 
 
-def _progress() -> Progress:
+def decode_progress() -> Progress:
+    """A bar on stderr, on terminals alone."""
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
@@ -352,30 +357,43 @@ def _decode_one(source: Source, key: str, cache: Path) -> dict:
     """Write one .npy, frame by frame; it has its final name only when it is complete."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in source.name)
     file = f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
-    part = cache / f"{file}.{os.getpid()}.part"
+    shape = write_frames(cache / file, source.frames(), str(source.place))
+    return {"name": source.name, "file": file, "shape": list(shape)}
+
+
+def write_frames(path: Path, frames: Iterable[np.ndarray], origin: str) -> tuple[int, ...]:
+    """Write frames [H, W, 3] uint8 one by one as an .npy file, complete or not at all.
+
+    Returns:
+        The shape (T, H, W, 3).
+
+    Raises:
+        DataError: no frames, or frames of several sizes; the message names the origin.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     shape, count = (0, 0, 3), 0
     try:
         with part.open("wb") as out:
-            for frame in source.frames():
+            for frame in frames:
                 if not count:
                     shape = frame.shape
                     _write_npy_header(out, (1, *shape))
                 if frame.shape != shape:
                     raise DataError(
-                        f"the frames of {source.place} must have one size, frame {count} has "
+                        f"the frames of {origin} must have one size, frame {count} has "
                         f"{frame.shape[1]}x{frame.shape[0]} after {shape[1]}x{shape[0]}"
                     )
                 out.write(np.ascontiguousarray(frame).data)
                 count += 1
             if not count:
-                raise DataError(f"{source.place} must have frames, it has none; remove it")
+                raise DataError(f"{origin} must have frames, it has none; remove it")
             out.seek(0)
             _write_npy_header(out, (count, *shape))
-        part.replace(cache / file)
+        part.replace(path)
         _open_npy.cache_clear()
     finally:
         part.unlink(missing_ok=True)
-    return {"name": source.name, "file": file, "shape": [count, *shape]}
+    return (count, *shape)
 
 
 def _write_npy_header(out, shape: tuple[int, ...]) -> None:
@@ -384,7 +402,8 @@ def _write_npy_header(out, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(out, header)
 
 
-def _write_index(cache: Path, index: dict[str, dict]) -> None:
+def write_index(cache: Path, index: dict[str, dict]) -> None:
+    """Replace the index of a cache, if it has changed."""
     text = json.dumps(index, indent=1)
     if (cache / INDEX).is_file() and (cache / INDEX).read_text() == text:
         return
@@ -409,6 +428,8 @@ class Sampler:
         seed: with the iteration and the sample's index it decides everything.
         degradation: see `degrade`.
         still_fraction: share of samples from stills when there are both kinds.
+        low: low-resolution variants of every clip and still by their paths (see
+            `real.open_low_clips`); None makes low-resolution frames by `degradation`.
 
     Raises:
         DataError: for a clip that is too short or too small; the message names it.
@@ -424,6 +445,7 @@ class Sampler:
         seed: int,
         degradation: str = "matlab_bicubic",
         still_fraction: float = 0.3,
+        low: "dict[Path, list[LowClip]] | None" = None,
     ):
         if not clips and not stills:
             raise DataError("there must be at least one clip or still, got none; pass --data")
@@ -433,16 +455,18 @@ class Sampler:
                     f"a training clip must have at least {WINDOW} frames, {clip.name} has "
                     f"{clip.shape[0]}; remove it"
                 )
+        # a variant loses up to three pixels where its grid begins
+        needed = SCALE * crop + (SCALE - 1 if low else 0)
         for clip in clips + stills:
             _, H, W, _ = clip.shape
-            if min(H, W) < SCALE * crop:
+            if min(H, W) < needed:
                 raise DataError(
-                    f"crops of {crop} need pictures of at least {SCALE * crop} pixels each way, "
+                    f"crops of {crop} need pictures of at least {needed} pixels each way, "
                     f"{clip.name} has {W}x{H}; lower --crop or remove it"
                 )
         self.clips, self.stills = clips, stills
         self.crop, self.batch, self.seed = crop, batch, seed
-        self.degradation = degradation
+        self.degradation, self.low = degradation, low
         self.still_fraction = still_fraction if clips else 1.0
         self.seconds: deque[float] = deque(maxlen=100)  # that preparing a batch took
 
@@ -452,6 +476,8 @@ class Sampler:
         still = bool(self.stills) and rng.random() < self.still_fraction
         pool = self.stills if still else self.clips
         clip = pool[rng.integers(len(pool))]
+        if self.low:
+            return _augment(*self._cut_variant(clip, self.low[clip.path], rng), rng)
         rows, cols = self._place(clip, rng)
         if still:
             hr = self._moving_still(clip, rows, cols, rng)
@@ -496,6 +522,22 @@ class Sampler:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _cut_variant(
+        self, clip: Clip, variants: "list[LowClip]", rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A crop of a degraded variant and the same place of the original's center frame."""
+        variant = variants[rng.integers(len(variants))]
+        frames = variant.frames()
+        T, h, w, _ = frames.shape
+        times = _choose_times(T, rng)
+        c, C = self.crop, SCALE * self.crop
+        y, x = int(rng.integers(h - c + 1)), int(rng.integers(w - c + 1))
+        lr = np.array(frames[times, y : y + c, x : x + c])
+        center = times[WINDOW // 2] if clip.kind == "clip" else 0
+        top, left = variant.top + SCALE * y, variant.left + SCALE * x
+        hr = np.array(clip.frames[center, top : top + C, left : left + C])
+        return torch.from_numpy(lr), torch.from_numpy(hr)
 
     def _place(self, clip: Clip, rng: np.random.Generator) -> tuple["_Span", "_Span"]:
         """Where the sample lies: half of all samples come from a picture shrunk by up to 2."""
@@ -550,16 +592,30 @@ def _choose_span(full: int, scaled: int, crop: int, rng: np.random.Generator) ->
 
 
 def _clip_frames(clip: Clip, rows: _Span, cols: _Span, rng: np.random.Generator) -> Tensor:
-    """Seven frames [7, h, w, 3], every second one in a fifth of the samples, in either order."""
-    T = clip.shape[0]
-    stride = 2 if T >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
-    start = int(rng.integers(T - stride * (WINDOW - 1)))
-    order = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
+    """Seven frames [7, h, w, 3] of a clip."""
+    times = _choose_times(clip.shape[0], rng)
     y0, y1 = rows.source(rows.start, rows.start + rows.length)
     x0, x1 = cols.source(cols.start, cols.start + cols.length)
-    times = slice(start, start + stride * (WINDOW - 1) + 1, stride)
-    frames = np.array(clip.frames[times, y0:y1, x0:x1][order])
+    frames = np.array(clip.frames[times, y0:y1, x0:x1])
     return _shrink(torch.from_numpy(frames), rows.length, cols.length)
+
+
+def _choose_times(T: int, rng: np.random.Generator) -> np.ndarray:
+    """Seven frames of T, every second one in a fifth of the samples, in either order."""
+    stride = 2 if T >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
+    start = int(rng.integers(T - stride * (WINDOW - 1)))
+    times = start + stride * np.arange(WINDOW)
+    return times[::-1] if rng.random() < 0.5 else times
+
+
+def still_frames(clip: Clip, seed: int) -> Iterator[np.ndarray]:
+    """A still under synthetic motion: seven frames [H, W, 3] uint8, the still in the middle."""
+    _, H, W, _ = clip.shape
+    rng = np.random.Generator(np.random.Philox(seed=seed))
+    rows, cols = (_Span(start=0, length=n, margin=0, full=n, scaled=n) for n in (H, W))
+    hr = _warp_still(clip, rows, cols, _motion(rng, H, W))
+    for frame in hr.add_(0.5).clamp_(0, 255).byte():
+        yield rearrange(frame, "c h w -> h w c").numpy()
 
 
 def _shrink(frames: Tensor, height: int, width: int) -> Tensor:

@@ -28,7 +28,11 @@ class Processes:
             dist.init_process_group(backend, timeout=PATIENCE)
         self.rank = dist.get_rank() if self.started else 0
         self.count = dist.get_world_size() if self.started else 1
-        self.local_rank = dist.get_node_local_rank() if self.started else 0
+        self.local_rank = (
+            dist.get_node_local_rank()  # pyright: ignore[reportPrivateImportUsage]
+            if self.started
+            else 0
+        )
 
     def share(self, batch: int) -> range:
         """This process's samples of a batch."""

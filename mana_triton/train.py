@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mana_triton import checkpoint
 from mana_triton.attention import BACKENDS, choose_backend
@@ -32,6 +33,7 @@ from mana_triton.data import DEGRADATIONS, Clip, DataError, Sampler, open_clips
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.parallel import Processes
 from mana_triton.progress import Display, Log, StopSignal, write_atomically
+from mana_triton.real import VALIDATION, open_low_clips, training_recipes
 from mana_triton.validation import Validation, attention_statistics
 
 LOG_EVERY = 100
@@ -75,6 +77,11 @@ class Trainer:
             clips = open_clips(args.data, args.cache / "clips")
             stills = open_clips(args.stills, args.cache / "stills", kind="still")
             val = open_clips(args.val, args.cache / "val", split="test")
+            low, low_val = None, None
+            if args.degradation == "real":
+                place = args.cache / "real"
+                low = open_low_clips(clips + stills, place, training_recipes)
+                low_val = open_low_clips(val, place, lambda name: [VALIDATION])
         self.settings = {name: getattr(args, name) for name in FIXED_FLAGS}
         self.settings["betas"] = list(args.betas)
         self.settings |= {"data": _names(clips), "stills": _names(stills), "val": _names(val)}
@@ -87,6 +94,7 @@ class Trainer:
             seed=args.seed,
             degradation=args.degradation,
             still_fraction=args.still_fraction,
+            low=low,
         )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -102,7 +110,7 @@ class Trainer:
         self.resume()
         self.validation = None
         if val and self.leads:
-            self.validation = Validation(val, args.val_frames, args.degradation)
+            self.validation = Validation(val, args.val_frames, args.degradation, low_val)
         self.step_seconds = 0.0  # the longest iteration since the last validation
         self.closing_seconds = 0.0  # what validating takes
         if args.minutes and self.validation:
@@ -412,10 +420,10 @@ def _loss(model: MANA, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
     return model.memory_loss(lr) if stage == 2 else F.l1_loss(model(lr), hr)
 
 
-@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move each weight of `average` to decay * itself + (1 - decay) * that of `model`."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    update = get_ema_multi_avg_fn(decay)
+    update(list(average.parameters()), list(model.parameters()), None)
 
 
 def gradient_noise(optimizer: torch.optim.Adam, batch: int) -> float | None:
@@ -513,7 +521,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--still-fraction", type=float, default=0.3, help="share of samples from stills")
     add("--val", help="clips for validation, as --data", **paths)
     add("--cache", type=Path, help="folder for decoded clips (default: cache beside OUT)")
-    add("--degradation", choices=tuple(DEGRADATIONS), default="matlab_bicubic", help="x1/4 method")
+    add("--degradation", choices=(*DEGRADATIONS, "real"), default="matlab_bicubic",
+        help="x1/4 method; real: blur, noise and lossy codecs, made once by PyAV")  # fmt: skip
     add("--crop", type=int, default=64, help="low-resolution pixels of a sample")
     add("--batch", type=int, default=16, help="samples per iteration")
     add("--accumulate", type=int, default=1, help="parts of a batch, one after the other")

@@ -7,6 +7,7 @@ Everything is measured on whole frames of clips kept from training, by the exact
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from mana_triton.attention import cross_frame_attention
 from mana_triton.data import SCALE, WINDOW, Clip, degrade, upscale_bicubic
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA
+from mana_triton.real import LowClip
 
 PSNR_CAP = 100.0  # dB, for frames that are reproduced exactly
 
@@ -29,10 +31,18 @@ class Validation:
         clips: any clips; their frames are cropped to multiples of 4.
         frames: how many frames of each clip, evenly spaced.
         degradation: see `data.degrade`.
+        low: one low-resolution variant of each clip by its path, instead of `degradation`.
     """
 
-    def __init__(self, clips: list[Clip], frames: int, degradation: str):
+    def __init__(
+        self,
+        clips: list[Clip],
+        frames: int,
+        degradation: str,
+        low: dict[Path, list[LowClip]] | None = None,
+    ):
         self.clips, self.frames, self.degradation = clips, frames, degradation
+        self.low = low
         self.bicubic_psnr = self._mean_psnr(
             lambda lr: upscale_bicubic(_to_uint8(lr[0, WINDOW // 2]))
         )
@@ -88,7 +98,10 @@ class Validation:
         for center in np.linspace(0, T - 1, min(self.frames, T)).round().astype(int):
             times = [reflect(center + i - WINDOW // 2, T) for i in range(WINDOW)]
             hr = clip.frames[times, :H, :W]
-            lr = degrade(torch.from_numpy(hr), self.degradation)
+            if self.low:
+                lr = torch.from_numpy(self.low[clip.path][0].frames()[times])
+            else:
+                lr = degrade(torch.from_numpy(hr), self.degradation)
             lr = rearrange(lr, "t h w c -> 1 t c h w").float() / 255
             yield lr, hr[WINDOW // 2]
 

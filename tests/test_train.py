@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def optimizer_of(out: Path) -> dict:
     return {"optimizer": torch.load(path, weights_only=True)}
 
 
-def flatten(state: object, name: str = "") -> dict[str, object]:
+def flatten(state: object, name: str = "") -> dict[str, Any]:
     if isinstance(state, dict | list):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {k: v for key, x in items for k, v in flatten(x, f"{name}.{key}").items()}
@@ -526,10 +527,36 @@ def test_init_from_starts_from_a_file(cache, tmp_path, uninterrupted):
         Trainer(arguments(cache, tmp_path, "--init-from", weights), MANAConfig.preset("tiny"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_network_trains_as_well(cache, tmp_path):
+    losses = []
+    for more in ([], ["--compile"]):
+        args = arguments(cache, tmp_path / str(len(losses)), "--schedule", "constant", *more)
+        trainer = Trainer(args, CONFIG)
+        trainer._begin_stage(1)
+        for n in range(3):
+            trainer._step(*trainer.sampler.load(n), 1, 1e-3)
+        losses.append(torch.stack(trainer.losses))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
 def test_bf16_iterations_keep_fp32_weights(cache, tmp_path):
     args = arguments(cache, tmp_path, "--precision", "bf16", "--stage3", 1)
     assert run(args, CONFIG)["finished"]
     assert {x.dtype for x in state_of(tmp_path)["model"].values()} == {torch.float32}
+
+
+def test_training_on_degraded_video(cache, tmp_path):
+    """Both the samples and the validation come from the cache of degraded clips."""
+    more = ("--degradation", "real", "--cache", tmp_path / "cache")
+    summary = run(arguments(cache, tmp_path / "real", *more), CONFIG)
+    assert summary["finished"]
+    clean = Validation(data.open_clips([cache], cache), 2, "matlab_bicubic")
+    assert summary["bicubic_psnr_db"] < clean.bicubic_psnr - 0.1
+    assert len(list((tmp_path / "cache" / "real").glob("*.npy"))) == 4 + 4 + 1
+    with pytest.raises(TrainingError, match=r"--degradation \(was real, now matlab_bicubic\)"):
+        run(arguments(cache, tmp_path / "real"), CONFIG)
 
 
 # ---- the command
