@@ -215,16 +215,22 @@ def _read_picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} must be a readable picture, got: {error}; remove it") from error
 
 
+def vimeo_source(root: Path, name: str) -> Source:
+    """A sequence of a Vimeo-90K folder by its name in a list, such as 00001/0001."""
+    folder = root / "sequences" / name
+    files = tuple(folder / f"im{i}.png" for i in range(1, WINDOW + 1))
+    return Source(name.replace("/", "-"), "clip", folder, files)
+
+
 def _vimeo_sources(root: Path, split: str) -> list[Source]:
     """The sequences of a Vimeo-90K folder that its train or test list names."""
     sources = []
     for name in (root / f"sep_{split}list.txt").read_text().split():
-        folder = root / "sequences" / name
-        files = tuple(folder / f"im{i}.png" for i in range(1, WINDOW + 1))
-        missing = [file for file in files if not file.is_file()]
+        source = vimeo_source(root, name)
+        missing = [file for file in source.files if not file.is_file()]
         if missing:
             raise DataError(f"{root} must hold every listed sequence, {missing[0]} is missing")
-        sources.append(Source(name.replace("/", "-"), "clip", folder, files))
+        sources.append(source)
     return sources
 
 
@@ -732,3 +738,9 @@ def _paste(frames: Tensor, sprite: Tensor, rng: np.random.Generator) -> None:
         below = frame[:, max(0, y) : max(0, y + size), max(0, x) : max(0, x + size)]
         above = patch[:, max(0, -y) : max(0, H - y), max(0, -x) : max(0, W - x)]
         below += above[3:].clamp(0, 1) * (above[:3] - below)
+
+
+if __name__ == "__main__":
+    from mana_triton.prepare import main
+
+    main()
