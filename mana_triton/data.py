@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,8 +82,8 @@ def _resize_exact(frames: Tensor, height: int, width: int) -> Tensor:
     are exact, so the result depends on no order of summation.
     """
     H, W = frames.shape[-3:-1]
-    rows = resize_weights(H, height).float()
-    cols = resize_weights(W, width)
+    rows = resize_weights(H, height).float().to(frames.device)
+    cols = resize_weights(W, width).to(frames.device)
     x = rows @ rearrange(frames, "... h w c -> ... h (w c)").float()  # [..., height, W * 3]
     x = rearrange(x, "... h (w c) -> ... h c w", c=3).double() @ cols.T
     x = x.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
@@ -122,8 +122,8 @@ def degrade(hr: Tensor, method: str = "matlab_bicubic") -> Tensor:
     """Make low-resolution frames.
 
     Args:
-        hr: [..., H, W, 3] uint8 on the CPU; H and W are multiples of 4.
-        method: "matlab_bicubic" or "pil_bicubic".
+        hr: [..., H, W, 3] uint8; H and W are multiples of 4.
+        method: "matlab_bicubic", or on the CPU "pil_bicubic".
 
     Returns:
         [..., H/4, W/4, 3] uint8.
@@ -478,56 +478,89 @@ class Sampler:
 
     def sample(self, iteration: int, index: int) -> tuple[Tensor, Tensor]:
         """One sample: lr [7, c, c, 3] and the center's hr [4c, 4c, 3], uint8."""
-        rng = np.random.Generator(np.random.Philox(seed=[self.seed, iteration, index]))
-        still = bool(self.stills) and rng.random() < self.still_fraction
-        pool = self.stills if still else self.clips
-        clip = pool[rng.integers(len(pool))]
-        if self.low:
-            return _augment(*self._cut_variant(clip, self.low[clip.path], rng), rng)
-        rows, cols = self._place(clip, rng)
-        if still:
-            hr = self._moving_still(clip, rows, cols, rng)
-        else:
-            hr = _clip_frames(clip, rows, cols, rng)
-        lr = degrade(hr, self.degradation)
-        top, left = rows.margin, cols.margin
-        c, C = self.crop, SCALE * self.crop
-        lr = lr[:, top : top + c, left : left + c]
-        center = hr[WINDOW // 2, SCALE * top : SCALE * top + C, SCALE * left : SCALE * left + C]
-        return _augment(lr, center, rng)
+        return self._finish(self._cut(iteration, index), torch.device("cpu"))
 
     def load(self, iteration: int, share: range | None = None) -> tuple[Tensor, Tensor]:
         """The batch of an iteration: lr [B, 7, 3, c, c], hr [B, 3, 4c, 4c], float32 in [0, 1].
 
         `share` says which of its samples; None is all of them.
         """
-        began = time.monotonic()
-        indices = range(self.batch) if share is None else share
-        lrs, hrs = zip(*(self.sample(iteration, i) for i in indices), strict=True)
+        return self.assemble(self.cuts(iteration, share), torch.device("cpu"))
+
+    def cuts(self, iteration: int, share: range | None = None) -> "list[_Cut]":
+        """What `assemble` makes the batch of an iteration of."""
+        return [self._cut(iteration, i) for i in (range(self.batch) if share is None else share)]
+
+    def assemble(self, cuts: "list[_Cut]", device: torch.device) -> tuple[Tensor, Tensor]:
+        """A batch as `load` returns it, degraded on a device: bit for bit the same on each."""
+        lrs, hrs = zip(*(self._finish(cut, device) for cut in cuts), strict=True)
         lr = rearrange(torch.stack(lrs), "b t h w c -> b t c h w")
         hr = rearrange(torch.stack(hrs), "b h w c -> b c h w")
-        batch = lr.contiguous().float() / 255, hr.contiguous().float() / 255
-        self.seconds.append(time.monotonic() - began)
-        return batch
+        return lr.contiguous().float() / 255, hr.contiguous().float() / 255
+
+    def _cut(self, iteration: int, index: int) -> "_Cut":
+        """Everything random about a sample."""
+        rng = np.random.Generator(np.random.Philox(seed=[self.seed, iteration, index]))
+        still = bool(self.stills) and rng.random() < self.still_fraction
+        pool = self.stills if still else self.clips
+        clip = pool[rng.integers(len(pool))]
+        if self.low:
+            lr, hr = self._cut_variant(clip, self.low[clip.path], rng)
+            return _Cut(lr, hr, 0, 0, _draw_turns(rng))
+        rows, cols = self._place(clip, rng)
+        if still:
+            hr = self._moving_still(clip, rows, cols, rng)
+        else:
+            hr = _clip_frames(clip, rows, cols, rng)
+        return _Cut(None, hr, rows.margin, cols.margin, _draw_turns(rng))
+
+    def _finish(self, cut: "_Cut", device: torch.device) -> tuple[Tensor, Tensor]:
+        """Degrade, crop and turn: lr [7, c, c, 3] and the center's hr [4c, 4c, 3], uint8."""
+        lr, hr = cut.lr, cut.hr.to(device, non_blocking=True)
+        if lr is None:
+            lr = degrade(hr, self.degradation)
+            c, C = self.crop, SCALE * self.crop
+            top, left = cut.top, cut.left
+            lr = lr[:, top : top + c, left : left + c]
+            hr = hr[WINDOW // 2, SCALE * top : SCALE * top + C, SCALE * left : SCALE * left + C]
+        return _turn(lr.to(device), hr, cut.turns)
 
     def per_second(self, workers: int) -> float:
         """Batches per second that the threads can prepare, by the last hundred."""
         return workers * len(self.seconds) / sum(self.seconds)
 
     def batches(
-        self, start: int, stop: int, workers: int = 1, share: range | None = None
+        self,
+        start: int,
+        stop: int,
+        workers: int = 1,
+        share: range | None = None,
+        device: torch.device | None = None,
     ) -> Batches:
-        """The batches of iterations start..stop-1, prepared ahead in background threads."""
+        """The batches of iterations start..stop-1, prepared ahead in background threads.
+
+        Given a GPU as `device`, they are degraded there where the degradation can be.
+        """
+        there = device is not None and device.type != "cpu" and not self.low
+        there = there and self.degradation == "matlab_bicubic"
         pool = ThreadPoolExecutor(workers, "batches", torch.set_num_threads, (1,))
         pending = deque()
         ahead = iter(range(start, stop))
         try:
             for _ in range(start, stop):
                 while len(pending) < workers + 2 and (n := next(ahead, None)) is not None:
-                    pending.append(pool.submit(self.load, n, share))
-                yield pending.popleft().result()
+                    work = self.cuts if there else self.load
+                    pending.append(pool.submit(self._timed, work, n, share))
+                batch = pending.popleft().result()
+                yield self.assemble(batch, device) if there else batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, work: Callable, *args) -> Any:
+        began = time.monotonic()
+        result = work(*args)
+        self.seconds.append(time.monotonic() - began)
+        return result
 
     def _cut_variant(
         self, clip: Clip, variants: "list[LowClip]", rng: np.random.Generator
@@ -567,6 +600,16 @@ class Sampler:
             _paste(hr, _sprite(other, rng, SCALE * self.crop), rng)
         hr = hr.add_(0.5).clamp_(0, 255).to(torch.uint8)
         return rearrange(hr, "t c h w -> t h w c").contiguous()
+
+
+class _Cut(NamedTuple):
+    """A sample before it is degraded, or one that needs no degradation any more."""
+
+    lr: Tensor | None  # [7, c, c, 3] uint8, if it is there already
+    hr: Tensor  # [7, h, w, 3] uint8 with a margin; the center's [4c, 4c, 3] beside an lr
+    top: int  # LR pixels of the margin
+    left: int
+    turns: tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -633,14 +676,17 @@ def _shrink(frames: Tensor, height: int, width: int) -> Tensor:
     return rearrange(x, "t c h w -> t h w c").contiguous()
 
 
-def _augment(lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _draw_turns(rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Whether to flip rows, columns, and to exchange them."""
+    return rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.5
+
+
+def _turn(lr: Tensor, hr: Tensor, turns: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
     """The same flips and quarter turn for lr [7, c, c, 3] and hr [4c, 4c, 3]."""
-    for axis in (-3, -2):
-        if rng.random() < 0.5:
+    for axis, flips in ((-3, turns[0]), (-2, turns[1])):
+        if flips:
             lr, hr = lr.flip(axis), hr.flip(axis)
-    if rng.random() < 0.5:
-        lr, hr = lr.transpose(-3, -2), hr.transpose(-3, -2)
-    return lr, hr
+    return (lr.transpose(-3, -2), hr.transpose(-3, -2)) if turns[2] else (lr, hr)
 
 
 # ---- synthetic motion: affine maps [7, 2, 3] from output (x, y, 1) to texture (x, y), in pixels

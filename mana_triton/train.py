@@ -99,6 +99,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.model = _new_model(args, config).to(self.device)
+        # an infinite sigma is no weight: it must neither be stepped nor averaged
+        self.learned = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.loss = torch.compile(_loss) if args.compile else _loss
         self.settings["init_from"] = _fingerprint(self.model) if args.init_from else None
         self.ema = copy.deepcopy(self.model) if args.ema else self.model
@@ -130,12 +132,18 @@ class Trainer:
     def _begin_stage(self, stage: int) -> None:
         """Freeze what the stage does not train and make its optimizer."""
         memory = {id(p) for p in self.model.memory_parameters()}
-        for p in self.model.parameters():
+        for p in self._weights(self.model):
             p.requires_grad_(stage == 3 or (id(p) in memory) == (stage == 2))
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainingError("stage 2 trains the memory, --preset has none; pass --stage2 0")
         self.optimizer = torch.optim.Adam(trained, betas=tuple(self.args.betas))
         if self.iteration > self.stage()[1]:
             self._restore_optimizer()
+
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        """What training may change, in whichever stage."""
+        return [model.get_parameter(name) for name in self.learned]
 
     def _rate(self, stage: int, start: int) -> float:
         """The learning rate of the next iteration."""
@@ -166,7 +174,7 @@ class Trainer:
         if self.args.ema:
             # a young average forgets faster, or the initial weights would stay in it
             decay = min(self.args.ema, (1 + self.iteration) / (10 + self.iteration))
-            update_average(self.ema, self.model, decay)
+            get_ema_multi_avg_fn(decay)(self._weights(self.ema), self._weights(self.model), None)
         self.losses.append(loss)
 
     def _loss_of(self, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
@@ -215,7 +223,9 @@ class Trainer:
         self._start_clock()
         end = start + self.lengths[stage - 1]
         share = self.processes.share(args.batch)
-        with closing(self.sampler.batches(self.iteration, end, args.workers, share)) as batches:
+        with closing(
+            self.sampler.batches(self.iteration, end, args.workers, share, self.device)
+        ) as batches:
             began = time.monotonic()
             for lr, hr in batches:
                 self._check_loss()
@@ -289,7 +299,7 @@ class Trainer:
         )
 
     def _check_finite(self) -> None:
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        finite = torch.stack([p.isfinite().all() for p in self._weights(self.model)])
         if not finite.all():
             raise TrainingError(self._diverged("weights are no longer finite"))
 
@@ -418,12 +428,6 @@ def _names(clips: list[Clip]) -> str:
 def _loss(model: MANA, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
     """Mean loss [] of a stage: lr [B, 7, 3, h, w] and the center's hr [B, 3, 4h, 4w]."""
     return model.memory_loss(lr) if stage == 2 else F.l1_loss(model(lr), hr)
-
-
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move each weight of `average` to decay * itself + (1 - decay) * that of `model`."""
-    update = get_ema_multi_avg_fn(decay)
-    update(list(average.parameters()), list(model.parameters()), None)
 
 
 def gradient_noise(optimizer: torch.optim.Adam, batch: int) -> float | None:

@@ -122,13 +122,15 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
     """What the attentions do with lr [B, 7, 3, h, w] in [0, 1].
 
     Returns:
-        sigma, in pixels; temperature, of cosine matching; visited, the fraction of the (query,
-        key) pairs that the certificate asks for; memory_entropy, of a pixel's attention to the
-        memory bank, mean over pixels, 1 for the uniform one; memory_dead, entries that get less
-        than a hundredth of their share of all pixels' attention.
+        sigma, in pixels, where it is finite; temperature, of cosine matching; visited, the
+        fraction of the (query, key) pairs that the certificate asks for; memory_entropy, of a
+        pixel's attention to the memory bank, mean over pixels, 1 for the uniform one; memory_dead,
+        entries that get less than a hundredth of their share of all pixels' attention.
     """
     config = model.config
-    statistics: dict[str, float | None] = {"sigma": model.sigma.item()}
+    statistics: dict[str, float | None] = {}
+    if math.isfinite(model.sigma.item()):
+        statistics["sigma"] = model.sigma.item()
     b = lr.shape[0]
     f, k, v = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
     k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in (k, v))
