@@ -321,6 +321,7 @@ def test_samples_depend_on_seed_iteration_and_index_alone(clips, stills):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_degrades_bit_for_bit_alike(clips, stills):
     s = sampler(clips, stills)
     for n in range(10):
