@@ -14,11 +14,12 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from einops import rearrange
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mana_triton.real import LowClip
 
 SCALE = 4
 WINDOW = 7
@@ -78,8 +82,8 @@ def _resize_exact(frames: Tensor, height: int, width: int) -> Tensor:
     are exact, so the result depends on no order of summation.
     """
     H, W = frames.shape[-3:-1]
-    rows = resize_weights(H, height).float()
-    cols = resize_weights(W, width)
+    rows = resize_weights(H, height).float().to(frames.device)
+    cols = resize_weights(W, width).to(frames.device)
     x = rows @ rearrange(frames, "... h w c -> ... h (w c)").float()  # [..., height, W * 3]
     x = rearrange(x, "... h (w c) -> ... h c w", c=3).double() @ cols.T
     x = x.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
@@ -118,8 +122,8 @@ def degrade(hr: Tensor, method: str = "matlab_bicubic") -> Tensor:
     """Make low-resolution frames.
 
     Args:
-        hr: [..., H, W, 3] uint8 on the CPU; H and W are multiples of 4.
-        method: "matlab_bicubic" or "pil_bicubic".
+        hr: [..., H, W, 3] uint8; H and W are multiples of 4.
+        method: "matlab_bicubic", or on the CPU "pil_bicubic".
 
     Returns:
         [..., H/4, W/4, 3] uint8.
@@ -220,16 +224,22 @@ def _read_picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} must be a readable picture, got: {error}; remove it") from error
 
 
+def vimeo_source(root: Path, name: str) -> Source:
+    """A sequence of a Vimeo-90K folder by its name in a list, such as 00001/0001."""
+    folder = root / "sequences" / name
+    files = tuple(folder / f"im{i}.png" for i in range(1, WINDOW + 1))
+    return Source(name.replace("/", "-"), "clip", folder, files)
+
+
 def _vimeo_sources(root: Path, split: str) -> list[Source]:
     """The sequences of a Vimeo-90K folder that its train or test list names."""
     sources = []
     for name in (root / f"sep_{split}list.txt").read_text().split():
-        folder = root / "sequences" / name
-        files = tuple(folder / f"im{i}.png" for i in range(1, WINDOW + 1))
-        missing = [file for file in files if not file.is_file()]
+        source = vimeo_source(root, name)
+        missing = [file for file in source.files if not file.is_file()]
         if missing:
             raise DataError(f"{root} must hold every listed sequence, {missing[0]} is missing")
-        sources.append(Source(name.replace("/", "-"), "clip", folder, files))
+        sources.append(source)
     return sources
 
 
@@ -302,7 +312,7 @@ def open_clips(
 
 def _read_cache(cache: Path, kind: str) -> list[Clip]:
     """All clips (or stills) of a cache, by its index alone."""
-    index = _read_index(cache)
+    index = read_index(cache)
     clips = [_as_clip(cache, entry) for entry in index.values() if entry["kind"] == kind]
     if not clips:
         raise DataError(f"{cache / INDEX} must list at least one {kind}, it lists none")
@@ -312,7 +322,7 @@ def _read_cache(cache: Path, kind: str) -> list[Clip]:
     return sorted(clips, key=lambda clip: clip.path.name)
 
 
-def _read_index(cache: Path) -> dict[str, dict]:
+def read_index(cache: Path) -> dict[str, dict]:
     """Source path -> entry; empty when there is no index."""
     file = cache / INDEX
     if not file.is_file():
@@ -330,11 +340,11 @@ def _as_clip(cache: Path, entry: dict) -> Clip:
 def _decode(sources: list[Source], cache: Path) -> list[Clip]:
     """Bring the cache up to date with the sources and open them."""
     cache.mkdir(parents=True, exist_ok=True)
-    index = _read_index(cache)
+    index = read_index(cache)
     clips = []
     saved = time.monotonic()
     try:
-        with _progress() as progress:
+        with decode_progress() as progress:
             for source in progress.track(sources, description=f"decoding into {cache}"):
                 key = str(source.place.resolve())
                 stamp = source.stamp() | {"kind": source.kind}
@@ -343,15 +353,16 @@ def _decode(sources: list[Source], cache: Path) -> list[Clip]:
                 if not fresh:
                     index[key] = _decode_one(source, key, cache) | stamp
                 if not fresh and time.monotonic() > saved + 5:
-                    _write_index(cache, index)
+                    write_index(cache, index)
                     saved = time.monotonic()
                 clips.append(_as_clip(cache, index[key]))
     finally:
-        _write_index(cache, index)
+        write_index(cache, index)
     return clips
 
 
-def _progress() -> Progress:
+def decode_progress() -> Progress:
+    """A bar on stderr, on terminals alone."""
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
@@ -361,30 +372,43 @@ def _decode_one(source: Source, key: str, cache: Path) -> dict:
     """Write one .npy, frame by frame; it has its final name only when it is complete."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in source.name)
     file = f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
-    part = cache / f"{file}.{os.getpid()}.part"
+    shape = write_frames(cache / file, source.frames(), str(source.place))
+    return {"name": source.name, "file": file, "shape": list(shape)}
+
+
+def write_frames(path: Path, frames: Iterable[np.ndarray], origin: str) -> tuple[int, ...]:
+    """Write frames [H, W, 3] uint8 one by one as an .npy file, complete or not at all.
+
+    Returns:
+        The shape (T, H, W, 3).
+
+    Raises:
+        DataError: no frames, or frames of several sizes; the message names the origin.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     shape, count = (0, 0, 3), 0
     try:
         with part.open("wb") as out:
-            for frame in source.frames():
+            for frame in frames:
                 if not count:
                     shape = frame.shape
                     _write_npy_header(out, (1, *shape))
                 if frame.shape != shape:
                     raise DataError(
-                        f"the frames of {source.place} must have one size, frame {count} has "
+                        f"the frames of {origin} must have one size, frame {count} has "
                         f"{frame.shape[1]}x{frame.shape[0]} after {shape[1]}x{shape[0]}"
                     )
                 out.write(np.ascontiguousarray(frame).data)
                 count += 1
             if not count:
-                raise DataError(f"{source.place} must have frames, it has none; remove it")
+                raise DataError(f"{origin} must have frames, it has none; remove it")
             out.seek(0)
             _write_npy_header(out, (count, *shape))
-        part.replace(cache / file)
+        part.replace(path)
         _open_npy.cache_clear()
     finally:
         part.unlink(missing_ok=True)
-    return {"name": source.name, "file": file, "shape": [count, *shape]}
+    return (count, *shape)
 
 
 def _write_npy_header(out, shape: tuple[int, ...]) -> None:
@@ -393,7 +417,8 @@ def _write_npy_header(out, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(out, header)
 
 
-def _write_index(cache: Path, index: dict[str, dict]) -> None:
+def write_index(cache: Path, index: dict[str, dict]) -> None:
+    """Replace the index of a cache, if it has changed."""
     text = json.dumps(index, indent=1)
     if (cache / INDEX).is_file() and (cache / INDEX).read_text() == text:
         return
@@ -418,6 +443,8 @@ class Sampler:
         seed: with the iteration and the sample's index it decides everything.
         degradation: see `degrade`.
         still_fraction: share of samples from stills when there are both kinds.
+        low: low-resolution variants of every clip and still by their paths (see
+            `real.open_low_clips`); None makes low-resolution frames by `degradation`.
 
     Raises:
         DataError: for a clip that is too short or too small; the message names it.
@@ -433,6 +460,7 @@ class Sampler:
         seed: int,
         degradation: str = "matlab_bicubic",
         still_fraction: float = 0.3,
+        low: "dict[Path, list[LowClip]] | None" = None,
     ):
         if not clips and not stills:
             raise DataError("there must be at least one clip or still, got none; pass --data")
@@ -442,55 +470,122 @@ class Sampler:
                     f"a training clip must have at least {WINDOW} frames, {clip.name} has "
                     f"{clip.shape[0]}; remove it"
                 )
+        # a variant loses up to three pixels where its grid begins
+        needed = SCALE * crop + (SCALE - 1 if low else 0)
         for clip in clips + stills:
             _, H, W, _ = clip.shape
-            if min(H, W) < SCALE * crop:
+            if min(H, W) < needed:
                 raise DataError(
-                    f"crops of {crop} need pictures of at least {SCALE * crop} pixels each way, "
+                    f"crops of {crop} need pictures of at least {needed} pixels each way, "
                     f"{clip.name} has {W}x{H}; lower --crop or remove it"
                 )
         self.clips, self.stills = clips, stills
         self.crop, self.batch, self.seed = crop, batch, seed
-        self.degradation = degradation
+        self.degradation, self.low = degradation, low
         self.still_fraction = still_fraction if clips else 1.0
+        self.seconds: deque[float] = deque(maxlen=100)  # that preparing a batch took
 
     def sample(self, iteration: int, index: int) -> tuple[Tensor, Tensor]:
         """One sample: lr [7, c, c, 3] and the center's hr [4c, 4c, 3], uint8."""
+        return self._finish(self._cut(iteration, index), torch.device("cpu"))
+
+    def load(self, iteration: int, share: range | None = None) -> tuple[Tensor, Tensor]:
+        """The batch of an iteration: lr [B, 7, 3, c, c], hr [B, 3, 4c, 4c], float32 in [0, 1].
+
+        `share` says which of its samples; None is all of them.
+        """
+        return self.assemble(self.cuts(iteration, share), torch.device("cpu"))
+
+    def cuts(self, iteration: int, share: range | None = None) -> "list[_Cut]":
+        """What `assemble` makes the batch of an iteration of."""
+        return [self._cut(iteration, i) for i in (range(self.batch) if share is None else share)]
+
+    def assemble(self, cuts: "list[_Cut]", device: torch.device) -> tuple[Tensor, Tensor]:
+        """A batch as `load` returns it, degraded on a device: bit for bit the same on each."""
+        lrs, hrs = zip(*(self._finish(cut, device) for cut in cuts), strict=True)
+        lr = rearrange(torch.stack(lrs), "b t h w c -> b t c h w")
+        hr = rearrange(torch.stack(hrs), "b h w c -> b c h w")
+        return lr.contiguous().float() / 255, hr.contiguous().float() / 255
+
+    def _cut(self, iteration: int, index: int) -> "_Cut":
+        """Everything random about a sample."""
         rng = np.random.Generator(np.random.Philox(seed=[self.seed, iteration, index]))
         still = bool(self.stills) and rng.random() < self.still_fraction
         pool = self.stills if still else self.clips
         clip = pool[rng.integers(len(pool))]
+        if self.low:
+            lr, hr = self._cut_variant(clip, self.low[clip.path], rng)
+            return _Cut(lr, hr, 0, 0, _draw_turns(rng))
         rows, cols = self._place(clip, rng)
         if still:
             hr = self._moving_still(clip, rows, cols, rng)
         else:
             hr = _clip_frames(clip, rows, cols, rng)
-        lr = degrade(hr, self.degradation)
-        top, left = rows.margin, cols.margin
-        c, C = self.crop, SCALE * self.crop
-        lr = lr[:, top : top + c, left : left + c]
-        center = hr[WINDOW // 2, SCALE * top : SCALE * top + C, SCALE * left : SCALE * left + C]
-        return _augment(lr, center, rng)
+        return _Cut(None, hr, rows.margin, cols.margin, _draw_turns(rng))
 
-    def load(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """The batch of an iteration: lr [B, 7, 3, c, c], hr [B, 3, 4c, 4c], float32 in [0, 1]."""
-        lrs, hrs = zip(*(self.sample(iteration, i) for i in range(self.batch)), strict=True)
-        lr = rearrange(torch.stack(lrs), "b t h w c -> b t c h w")
-        hr = rearrange(torch.stack(hrs), "b h w c -> b c h w")
-        return lr.contiguous().float() / 255, hr.contiguous().float() / 255
+    def _finish(self, cut: "_Cut", device: torch.device) -> tuple[Tensor, Tensor]:
+        """Degrade, crop and turn: lr [7, c, c, 3] and the center's hr [4c, 4c, 3], uint8."""
+        lr, hr = cut.lr, cut.hr.to(device, non_blocking=True)
+        if lr is None:
+            lr = degrade(hr, self.degradation)
+            c, C = self.crop, SCALE * self.crop
+            top, left = cut.top, cut.left
+            lr = lr[:, top : top + c, left : left + c]
+            hr = hr[WINDOW // 2, SCALE * top : SCALE * top + C, SCALE * left : SCALE * left + C]
+        return _turn(lr.to(device), hr, cut.turns)
 
-    def batches(self, start: int, stop: int, workers: int = 1) -> Batches:
-        """The batches of iterations start..stop-1, prepared ahead in background threads."""
+    def per_second(self, workers: int) -> float:
+        """Batches per second that the threads can prepare, by the last hundred."""
+        return workers * len(self.seconds) / sum(self.seconds)
+
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        workers: int = 1,
+        share: range | None = None,
+        device: torch.device | None = None,
+    ) -> Batches:
+        """The batches of iterations start..stop-1, prepared ahead in background threads.
+
+        Given a GPU as `device`, they are degraded there where the degradation can be.
+        """
+        there = device is not None and device.type != "cpu" and not self.low
+        there = there and self.degradation == "matlab_bicubic"
         pool = ThreadPoolExecutor(workers, "batches", torch.set_num_threads, (1,))
         pending = deque()
         ahead = iter(range(start, stop))
         try:
             for _ in range(start, stop):
                 while len(pending) < workers + 2 and (n := next(ahead, None)) is not None:
-                    pending.append(pool.submit(self.load, n))
-                yield pending.popleft().result()
+                    work = self.cuts if there else self.load
+                    pending.append(pool.submit(self._timed, work, n, share))
+                batch = pending.popleft().result()
+                yield self.assemble(batch, device) if there else batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, work: Callable, *args) -> Any:
+        began = time.monotonic()
+        result = work(*args)
+        self.seconds.append(time.monotonic() - began)
+        return result
+
+    def _cut_variant(
+        self, clip: Clip, variants: "list[LowClip]", rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A crop of a degraded variant and the same place of the original's center frame."""
+        variant = variants[rng.integers(len(variants))]
+        frames = variant.frames()
+        T, h, w, _ = frames.shape
+        times = _choose_times(T, rng)
+        c, C = self.crop, SCALE * self.crop
+        y, x = int(rng.integers(h - c + 1)), int(rng.integers(w - c + 1))
+        lr = np.array(frames[times, y : y + c, x : x + c])
+        center = times[WINDOW // 2] if clip.kind == "clip" else 0
+        top, left = variant.top + SCALE * y, variant.left + SCALE * x
+        hr = np.array(clip.frames[center, top : top + C, left : left + C])
+        return torch.from_numpy(lr), torch.from_numpy(hr)
 
     def _place(self, clip: Clip, rng: np.random.Generator) -> tuple["_Span", "_Span"]:
         """Where the sample lies: half of all samples come from a picture shrunk by up to 2."""
@@ -514,6 +609,16 @@ class Sampler:
             _paste(hr, _sprite(other, rng, SCALE * self.crop), rng)
         hr = hr.add_(0.5).clamp_(0, 255).to(torch.uint8)
         return rearrange(hr, "t c h w -> t h w c").contiguous()
+
+
+class _Cut(NamedTuple):
+    """A sample before it is degraded, or one that needs no degradation any more."""
+
+    lr: Tensor | None  # [7, c, c, 3] uint8, if it is there already
+    hr: Tensor  # [7, h, w, 3] uint8 with a margin; the center's [4c, 4c, 3] beside an lr
+    top: int  # LR pixels of the margin
+    left: int
+    turns: tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -545,16 +650,30 @@ def _choose_span(full: int, scaled: int, crop: int, rng: np.random.Generator) ->
 
 
 def _clip_frames(clip: Clip, rows: _Span, cols: _Span, rng: np.random.Generator) -> Tensor:
-    """Seven frames [7, h, w, 3], every second one in a fifth of the samples, in either order."""
-    T = clip.shape[0]
-    stride = 2 if T >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
-    start = int(rng.integers(T - stride * (WINDOW - 1)))
-    order = slice(None, None, -1) if rng.random() < 0.5 else slice(None)
+    """Seven frames [7, h, w, 3] of a clip."""
+    times = _choose_times(clip.shape[0], rng)
     y0, y1 = rows.source(rows.start, rows.start + rows.length)
     x0, x1 = cols.source(cols.start, cols.start + cols.length)
-    times = slice(start, start + stride * (WINDOW - 1) + 1, stride)
-    frames = np.array(clip.frames[times, y0:y1, x0:x1][order])
+    frames = np.array(clip.frames[times, y0:y1, x0:x1])
     return _shrink(torch.from_numpy(frames), rows.length, cols.length)
+
+
+def _choose_times(T: int, rng: np.random.Generator) -> np.ndarray:
+    """Seven frames of T, every second one in a fifth of the samples, in either order."""
+    stride = 2 if T >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
+    start = int(rng.integers(T - stride * (WINDOW - 1)))
+    times = start + stride * np.arange(WINDOW)
+    return times[::-1] if rng.random() < 0.5 else times
+
+
+def still_frames(clip: Clip, seed: int) -> Iterator[np.ndarray]:
+    """A still under synthetic motion: seven frames [H, W, 3] uint8, the still in the middle."""
+    _, H, W, _ = clip.shape
+    rng = np.random.Generator(np.random.Philox(seed=seed))
+    rows, cols = (_Span(start=0, length=n, margin=0, full=n, scaled=n) for n in (H, W))
+    hr = _warp_still(clip, rows, cols, _motion(rng, H, W))
+    for frame in hr.add_(0.5).clamp_(0, 255).byte():
+        yield rearrange(frame, "c h w -> h w c").numpy()
 
 
 def _shrink(frames: Tensor, height: int, width: int) -> Tensor:
@@ -566,14 +685,17 @@ def _shrink(frames: Tensor, height: int, width: int) -> Tensor:
     return rearrange(x, "t c h w -> t h w c").contiguous()
 
 
-def _augment(lr: Tensor, hr: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _draw_turns(rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Whether to flip rows, columns, and to exchange them."""
+    return rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.5
+
+
+def _turn(lr: Tensor, hr: Tensor, turns: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
     """The same flips and quarter turn for lr [7, c, c, 3] and hr [4c, 4c, 3]."""
-    for axis in (-3, -2):
-        if rng.random() < 0.5:
+    for axis, flips in ((-3, turns[0]), (-2, turns[1])):
+        if flips:
             lr, hr = lr.flip(axis), hr.flip(axis)
-    if rng.random() < 0.5:
-        lr, hr = lr.transpose(-3, -2), hr.transpose(-3, -2)
-    return lr, hr
+    return (lr.transpose(-3, -2), hr.transpose(-3, -2)) if turns[2] else (lr, hr)
 
 
 # ---- synthetic motion: affine maps [7, 2, 3] from output (x, y, 1) to texture (x, y), in pixels
@@ -671,3 +793,9 @@ def _paste(frames: Tensor, sprite: Tensor, rng: np.random.Generator) -> None:
         below = frame[:, max(0, y) : max(0, y + size), max(0, x) : max(0, x + size)]
         above = patch[:, max(0, -y) : max(0, H - y), max(0, -x) : max(0, W - x)]
         below += above[3:].clamp(0, 1) * (above[:3] - below)
+
+
+if __name__ == "__main__":
+    from mana_triton.prepare import main
+
+    main()

@@ -1,9 +1,13 @@
 """Train MANA on videos, folders of frames, Vimeo-90K or still pictures.
 
 Three stages, as in the paper: everything but the memory branch (L1), the memory branch alone
-(distance of its output to the queries), everything (L1). The weights' moving average is validated
-and exported to OUT/best.safetensors. The same command continues from OUT/last.pt, with the same
-result as a run that was never interrupted. OUT/log.jsonl holds what was measured.
+(distance of its output to the queries), everything (L1). The weights' moving average is rounded
+to float16, validated, and exported to OUT/best.safetensors. The same command continues from
+OUT/last.pt and OUT/optimizer-N.pt, with the same result as a run that was never interrupted.
+OUT/log.jsonl holds what was measured.
+
+`torchrun --nproc-per-node N -m mana_triton.train ...` splits every batch among N processes, one
+to a GPU; a run may go on with another number of them.
 """
 
 import argparse
@@ -12,42 +16,27 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mana_triton import checkpoint
 from mana_triton.attention import BACKENDS, choose_backend
 from mana_triton.checkpoint import CheckpointError
-from mana_triton.data import (
-    DEGRADATIONS,
-    SCALE,
-    WINDOW,
-    Clip,
-    DataError,
-    Sampler,
-    degrade,
-    open_clips,
-    upscale_bicubic,
-)
-from mana_triton.metrics import psnr
+from mana_triton.data import DEGRADATIONS, Clip, DataError, Sampler, open_clips
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.parallel import Processes
+from mana_triton.progress import Display, Log, StopSignal, write_atomically
+from mana_triton.real import VALIDATION, open_low_clips, training_recipes
+from mana_triton.validation import Validation, attention_statistics
 
 LOG_EVERY = 100
-PSNR_CAP = 100.0  # dB, for frames that are reproduced exactly
 
 # flags that change the result; a run cannot be continued with another value
 FIXED_FLAGS = (
@@ -59,184 +48,6 @@ FIXED_FLAGS = (
 
 class TrainingError(ValueError):
     """Training cannot start or go on; the message says what to do about it."""
-
-
-# ---- validation
-
-
-class Validation:
-    """Whole frames of some clips, enlarged and compared with the originals.
-
-    Args:
-        clips: any clips; their frames are cropped to multiples of 4.
-        frames: how many frames of each clip, evenly spaced.
-        degradation: see `data.degrade`.
-    """
-
-    def __init__(self, clips: list[Clip], frames: int, degradation: str):
-        self.clips, self.frames, self.degradation = clips, frames, degradation
-        self.bicubic_psnr = self._mean_psnr(
-            lambda lr: upscale_bicubic(_to_uint8(lr[0, WINDOW // 2]))
-        )
-
-    def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Mean PSNR in dB of the model, and of the model fed the center frame seven times."""
-
-        @torch.no_grad()
-        def enlarge(lr: Tensor) -> Tensor:
-            return _to_uint8(model(lr.to(device))[0].cpu())
-
-        def enlarge_alone(lr: Tensor) -> Tensor:
-            return enlarge(repeat(lr[:, WINDOW // 2], "b c h w -> b t c h w", t=WINDOW))
-
-        return {
-            "psnr_db": self._mean_psnr(enlarge),
-            "center_only_psnr_db": self._mean_psnr(enlarge_alone),
-            "bicubic_psnr_db": self.bicubic_psnr,
-        }
-
-    def _mean_psnr(self, enlarge: Callable[[Tensor], Tensor]) -> float:
-        """PSNR of enlarge(lr [1, 7, 3, h, w]) -> [4h, 4w, 3] uint8, over frames, then clips."""
-        scores = []
-        for clip in self.clips:
-            frames = [
-                min(PSNR_CAP, psnr(enlarge(lr).numpy(), hr)) for lr, hr in self._windows(clip)
-            ]
-            scores.append(np.mean(frames))
-        return float(np.mean(scores))
-
-    def _windows(self, clip: Clip) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Yield lr [1, 7, 3, h, w] float32 in [0, 1] and the center's hr [H, W, 3] uint8."""
-        T, H, W, _ = clip.shape
-        H, W = H // SCALE * SCALE, W // SCALE * SCALE
-        for center in np.linspace(0, T - 1, min(self.frames, T)).round().astype(int):
-            times = [reflect(center + i - WINDOW // 2, T) for i in range(WINDOW)]
-            hr = clip.frames[times, :H, :W]
-            lr = degrade(torch.from_numpy(hr), self.degradation)
-            lr = rearrange(lr, "t h w c -> 1 t c h w").float() / 255
-            yield lr, hr[WINDOW // 2]
-
-
-def reflect(index: int, length: int) -> int:
-    """Frame index mirrored into 0..length-1; the first and last frames are not repeated."""
-    period = max(1, 2 * (length - 1))
-    return min(index % period, period - index % period)
-
-
-def _to_uint8(frame: Tensor) -> Tensor:
-    """[3, H, W] in [0, 1] -> [H, W, 3] uint8."""
-    return rearrange(frame.float().mul(255).round().clamp(0, 255), "c h w -> h w c").byte()
-
-
-# ---- what a run writes and shows
-
-
-class Log:
-    """OUT/log.jsonl, and event files where TensorBoard is installed.
-
-    Entries after `iteration` come from a part of the run that is about to be repeated; they go.
-    """
-
-    def __init__(self, out: Path, iteration: int):
-        self.path = out / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if _is_entry_until(line, iteration)]
-        _write_atomically(self.path, lambda part: part.write_text("".join(x + "\n" for x in kept)))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
-        else:
-            self.writer = SummaryWriter(str(out), purge_step=iteration + 1)
-
-    def add(self, iteration: int, **values: float) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, iteration)
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-
-
-def _is_entry_until(line: str, iteration: int) -> bool:
-    try:
-        return json.loads(line)["iteration"] <= iteration
-    except json.JSONDecodeError:  # the last line of a killed run may be incomplete
-        return False
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then rename it: a file with that name is always complete."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class Display:
-    """Progress on stderr: a bar on a terminal, a line every 100 iterations elsewhere."""
-
-    def __init__(self, done: int, total: int):
-        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self.plain = not self.console.is_terminal
-        self.last_psnr = ""
-        self.total = total
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            disable=self.plain,
-        )
-        self.task = self.bar.add_task("training", total=total, completed=done)
-
-    def update(self, iteration: int, stage: int, loss: float, per_second: float) -> None:
-        text = f"stage {stage}  loss {loss:.5f}  {per_second:.2f} it/s{self.last_psnr}"
-        self.bar.update(self.task, description=text)
-        if self.plain:
-            left = int((self.total - iteration) / per_second)
-            eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            self.say(f"iteration {iteration}/{self.total}  {text}  ETA {eta}")
-
-    def advance(self, iteration: int) -> None:
-        self.bar.update(self.task, completed=iteration)
-
-    def validated(self, iteration: int, scores: dict[str, float]) -> None:
-        self.last_psnr = f"  val {scores['psnr_db']:.3f} dB"
-        self.say(
-            f"iteration {iteration}: validation {scores['psnr_db']:.3f} dB, center frame alone "
-            f"{scores['center_only_psnr_db']:.3f}, bicubic {scores['bicubic_psnr_db']:.3f}"
-        )
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask for a stop after the iteration; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> "StopSignal":
-        self.received = False
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self._receive) for number in signals}
-        return self
-
-    def _receive(self, number: int, frame) -> None:
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 # ---- training
@@ -253,13 +64,26 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, config: MANAConfig):
         self.began = time.monotonic()
         self.args, self.out = args, args.out
-        self.device = _device(args.device)
+        self.processes = Processes()
+        self.leads = self.processes.rank == 0
+        self.device = _device(args.device, self.processes.local_rank)
         self.backend = _backend(args.backend, self.device)
-        clips = open_clips(args.data, args.cache / "clips")
-        stills = open_clips(args.stills, args.cache / "stills", kind="still")
-        val = open_clips(args.val, args.cache / "val", split="test")
+        if args.batch % (args.accumulate * self.processes.count):
+            raise TrainingError(
+                f"--batch must be a multiple of --accumulate times the processes, got "
+                f"{args.batch}, {args.accumulate} and {self.processes.count}; change --batch"
+            )
+        with self.processes.first_of_node():
+            clips = open_clips(args.data, args.cache / "clips")
+            stills = open_clips(args.stills, args.cache / "stills", kind="still")
+            val = open_clips(args.val, args.cache / "val", split="test")
+            low, low_val = None, None
+            if args.degradation == "real":
+                place = args.cache / "real"
+                low = open_low_clips(clips + stills, place, training_recipes)
+                low_val = open_low_clips(val, place, lambda name: [VALIDATION])
         self.settings = {name: getattr(args, name) for name in FIXED_FLAGS}
-        self.settings |= {"init_from": str(args.init_from), "betas": list(args.betas)}
+        self.settings["betas"] = list(args.betas)
         self.settings |= {"data": _names(clips), "stills": _names(stills), "val": _names(val)}
         self.settings |= {"model": dataclasses.asdict(config)}
         self.sampler = Sampler(
@@ -270,18 +94,29 @@ class Trainer:
             seed=args.seed,
             degradation=args.degradation,
             still_fraction=args.still_fraction,
+            low=low,
         )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.model = _new_model(args, config).to(self.device)
+        # an infinite sigma is no weight: it must neither be stepped nor averaged
+        self.learned = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.loss = torch.compile(_loss) if args.compile else _loss
+        self.settings["init_from"] = _fingerprint(self.model) if args.init_from else None
         self.ema = copy.deepcopy(self.model) if args.ema else self.model
         self.lengths = (args.stage1, args.stage2, args.stage3)
         self.total = sum(self.lengths)
         self.iteration = 0
         self.best = {"iteration": 0, "psnr_db": None, "center_only_psnr_db": None}
         self.losses: list[Tensor] = []  # since the last log entry
-        self.optimizer_state: dict | None = None  # of a run to continue
         self.resume()
-        self.validation = Validation(val, args.val_frames, args.degradation) if val else None
-        self.validation_seconds = 0.0
+        self.validation = None
+        if val and self.leads:
+            self.validation = Validation(val, args.val_frames, args.degradation, low_val)
+        self.step_seconds = 0.0  # the longest iteration since the last validation
+        self.closing_seconds = 0.0  # what validating takes
+        if args.minutes and self.validation:
+            self.closing_seconds = self.validation.seconds(self.ema, self.device)
 
     # the paper's stages
 
@@ -297,13 +132,18 @@ class Trainer:
     def _begin_stage(self, stage: int) -> None:
         """Freeze what the stage does not train and make its optimizer."""
         memory = {id(p) for p in self.model.memory_parameters()}
-        for p in self.model.parameters():
+        for p in self._weights(self.model):
             p.requires_grad_(stage == 3 or (id(p) in memory) == (stage == 2))
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainingError("stage 2 trains the memory, --preset has none; pass --stage2 0")
         self.optimizer = torch.optim.Adam(trained, betas=tuple(self.args.betas))
-        if self.optimizer_state:
-            self.optimizer.load_state_dict(self.optimizer_state)
-            self.optimizer_state = None
+        if self.iteration > self.stage()[1]:
+            self._restore_optimizer()
+
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        """What training may change, in whichever stage."""
+        return [model.get_parameter(name) for name in self.learned]
 
     def _rate(self, stage: int, start: int) -> float:
         """The learning rate of the next iteration."""
@@ -315,15 +155,16 @@ class Trainer:
         return rate * min(1.0, (k + 1) / args.warmup) if args.warmup else rate
 
     def _step(self, lr: Tensor, hr: Tensor, stage: int, rate: float) -> None:
-        """One iteration."""
-        lr = lr.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
-            if stage == 2:
-                loss = self.model.memory_loss(lr)
-            else:
-                loss = F.l1_loss(self.model(lr), hr.to(self.device, non_blocking=True))
+        """One iteration: the gradient of the whole batch, part by part, and one step along it."""
+        parts = self.args.accumulate
+        loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        loss.backward()
+        for x, y in zip(lr.chunk(parts), hr.chunk(parts), strict=True):
+            part = self._loss_of(x, y, stage) / parts
+            part.backward()
+            loss += part.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.processes.average([*gradients, loss])
         if self.args.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
         for group in self.optimizer.param_groups:
@@ -333,25 +174,36 @@ class Trainer:
         if self.args.ema:
             # a young average forgets faster, or the initial weights would stay in it
             decay = min(self.args.ema, (1 + self.iteration) / (10 + self.iteration))
-            average = get_ema_multi_avg_fn(decay)
-            average(list(self.ema.parameters()), list(self.model.parameters()), None)
-        self.losses.append(loss.detach())
+            get_ema_multi_avg_fn(decay)(self._weights(self.ema), self._weights(self.model), None)
+        self.losses.append(loss)
+
+    def _loss_of(self, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
+        """Mean loss [] of some samples; weights and loss are float32 in every precision."""
+        lr, hr = (x.to(self.device, non_blocking=True) for x in (lr, hr))
+        with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
+            return self.loss(self.model, lr, hr, stage)
 
     # the loop
 
-    def run(self) -> dict:
-        """Train to the end, or for --minutes; returns what main() prints."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.out, self.iteration)
-        self.display = Display(self.iteration, self.total)
-        self._describe()
+    def run(self) -> dict | None:
+        """Train to the end, or for --minutes; returns what main() prints, in process 0 alone."""
+        if self.leads:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.out, self.iteration)
+            self.display = Display(self.iteration, self.total)
+            self._describe()
         try:
-            with self.display.bar, StopSignal() as self.stop:
+            with self.display if self.leads else nullcontext(), StopSignal() as self.stop:
                 last = self.iteration == self.total
                 while not last:
                     last = self._run_stage()
         finally:
-            self.log.close()
+            if self.leads:
+                self.log.close()
+        self.processes.leave()
+        return self._summary() if self.leads else None
+
+    def _summary(self) -> dict:
         return {
             "best_psnr_db": self.best["psnr_db"],
             "bicubic_psnr_db": self.validation and self.validation.bicubic_psnr,
@@ -370,37 +222,48 @@ class Trainer:
         self._begin_stage(stage)
         self._start_clock()
         end = start + self.lengths[stage - 1]
-        with closing(self.sampler.batches(self.iteration, end, args.workers)) as batches:
+        share = self.processes.share(args.batch)
+        with closing(
+            self.sampler.batches(self.iteration, end, args.workers, share, self.device)
+        ) as batches:
+            began = time.monotonic()
             for lr, hr in batches:
+                self._check_loss()
                 rate = self._rate(stage, start)
                 self._step(lr, hr, stage, rate)
-                self._report(stage, rate)
-                last = self.iteration == self.total or self._out_of_time()
-                if last or self.iteration % args.val_every == 0:
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
+                if self.leads:
+                    self._report(stage, rate, lr)
+                stop, late = self.processes.any(self.stop.received, self._out_of_time())
+                last = self.iteration == self.total or late
+                if self.leads and (last or self.iteration % args.val_every == 0):
                     self._validate()
                     self._start_clock()
-                if last or self.iteration % args.save_every == 0 or self.stop.received:
+                if self.leads and (last or stop or self.iteration % args.save_every == 0):
                     self.save()
-                if self.stop.received:
+                if stop:
+                    self.processes.meet()  # or torchrun would end the one that saves
                     raise TrainingError(
                         f"stopped at iteration {self.iteration} of {self.total}, saved in "
                         f"{self.out / 'last.pt'}; run the same command to continue"
                     )
                 if last:
                     break
+                began = time.monotonic()
         return last
 
     def _out_of_time(self) -> bool:
+        """True if another iteration would leave too little of --minutes to validate and save."""
         if not self.args.minutes:
             return False
         elapsed = time.monotonic() - self.began
-        return elapsed + self.validation_seconds > 60 * self.args.minutes
+        return elapsed + self.step_seconds + self.closing_seconds > 60 * self.args.minutes
 
     def _start_clock(self) -> None:
         self.shown = time.monotonic()
         self.clock = (self.shown, self.iteration)
 
-    def _report(self, stage: int, rate: float) -> None:
+    def _report(self, stage: int, rate: float, lr: Tensor) -> None:
         """Show the mean loss, on a terminal every two seconds; log it every 100 iterations."""
         self.display.advance(self.iteration)
         now, due = time.monotonic(), self.iteration % LOG_EVERY == 0
@@ -409,46 +272,64 @@ class Trainer:
         self.shown = now
         loss = torch.stack(self.losses).float().mean().item()
         began, first = self.clock
-        per_second = (self.iteration - first) / (now - began)
-        self.display.update(self.iteration, stage, loss, per_second)
+        pace = {
+            "step_per_second": (self.iteration - first) / (now - began),
+            "loader_per_second": self.sampler.per_second(self.args.workers),
+        }
+        self.display.update(self.iteration, stage, loss, pace)
         if due:
             self._check_finite()
-            self.losses = []
-            self.log.add(
-                self.iteration, stage=stage, loss=loss, rate=rate, iterations_per_second=per_second
-            )
+            self.losses = self.losses[-1:]  # not yet checked
+            measured = {
+                "gradient_noise": gradient_noise(self.optimizer, self.args.batch),
+                **attention_statistics(self.model, lr[:1].to(self.device)),
+            }
+            self.display.measured(measured)
+            self.log.add(self.iteration, stage=stage, loss=loss, rate=rate, **pace, **measured)
+
+    def _check_loss(self) -> None:
+        """Look at the last iteration's loss only now: a GPU has worked on meanwhile."""
+        if self.losses and not self.losses[-1].isfinite():
+            raise TrainingError(self._diverged(f"the loss is {self.losses[-1].item()}"))
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{what} at iteration {self.iteration}; use another --out with a lower --lr or with "
+            f"--clip-grad ({self.out / 'last.pt'} has the last good state)"
+        )
 
     def _check_finite(self) -> None:
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        finite = torch.stack([p.isfinite().all() for p in self._weights(self.model)])
         if not finite.all():
-            raise TrainingError(
-                f"weights became infinite by iteration {self.iteration}; use another --out with a "
-                f"lower --lr or with --clip-grad ({self.out / 'last.pt'} has the last good state)"
-            )
+            raise TrainingError(self._diverged("weights are no longer finite"))
 
     def _validate(self) -> None:
-        """Measure the averaged weights and export them if they are the best so far."""
+        """Measure the averaged weights as a file holds them; export them if they are the best."""
         self._check_finite()
         began = time.monotonic()
         scores: dict = {"psnr_db": None, "center_only_psnr_db": None}
         better = True
+        model = _rounded(self.ema)
         if self.validation:
-            self.ema.eval()
-            scores = self.validation.measure(self.ema, self.device)
+            scores = self.validation.measure(model, self.device)
             self.log.add(self.iteration, **scores)
             self.display.validated(self.iteration, scores)
+            if self.log.writer:
+                picture = self.validation.picture(model, self.device)
+                self.log.picture(self.iteration, "bicubic, ours, original", picture)
             better = self.best["psnr_db"] is None or scores["psnr_db"] > self.best["psnr_db"]
         if better:
             self.best = {key: scores[key] for key in ("psnr_db", "center_only_psnr_db")}
             self.best["iteration"] = self.iteration
             iteration, score = str(self.iteration), str(scores["psnr_db"])
             path = self.out / "best.safetensors"
-            checkpoint.save(self.ema, path, iteration=iteration, psnr=score)
-        self.validation_seconds = time.monotonic() - began
+            checkpoint.save(model, path, dtype=torch.float16, iteration=iteration, psnr=score)
+        self.closing_seconds = time.monotonic() - began
+        self.step_seconds = 0.0
 
     def _describe(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
-        where = f"{self.device.type}, attention by {self.backend}"
+        where = f"{self.processes.count} x {self.device.type}, attention by {self.backend}"
         clips, stills = len(self.sampler.clips), len(self.sampler.stills)
         self.display.say(f"{parameters} parameters on {where}; {clips} clips, {stills} stills")
         if self.iteration:
@@ -457,7 +338,7 @@ class Trainer:
     # what is kept between runs
 
     def save(self) -> None:
-        """Write OUT/last.pt; a kill at any moment leaves the old or the new one."""
+        """Write OUT/optimizer-N.pt, then OUT/last.pt; a kill leaves the old or the new pair."""
         self._check_finite()
         state = {
             "settings": self.settings,
@@ -465,10 +346,13 @@ class Trainer:
             "best": self.best,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.args.ema else None,
-            "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        _write_atomically(self.out / "last.pt", lambda part: torch.save(state, part))
+        optimizer = self._optimizer_file()
+        write_atomically(optimizer, lambda part: torch.save(self.optimizer.state_dict(), part))
+        write_atomically(self.out / "last.pt", lambda part: torch.save(state, part))
+        for old in set(self.out.glob("optimizer-*.pt")) - {optimizer}:
+            old.unlink()
 
     def resume(self) -> None:
         """Continue from OUT/last.pt if there is one."""
@@ -485,10 +369,31 @@ class Trainer:
         if self.args.ema:
             self.ema.load_state_dict(state["ema"])
         self.iteration, self.best = state["iteration"], state["best"]
-        _, start = self.stage()
-        if self.iteration > start:
-            self.optimizer_state = state["optimizer"]
         torch.set_rng_state(state["rng"])
+
+    def _optimizer_file(self) -> Path:
+        return self.out / f"optimizer-{self.iteration}.pt"
+
+    def _restore_optimizer(self) -> None:
+        """Adam's averages in the middle of a stage; a new stage begins without any."""
+        path = self._optimizer_file()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
+        except checkpoint.UNREADABLE as error:
+            raise TrainingError(
+                f"{path} must hold the optimizer's state to continue, it does not; copy it there, "
+                f"or use another --out with --init-from {self.out / 'best.safetensors'}"
+            ) from error
+
+
+def _rounded(model: MANA) -> MANA:
+    """A copy whose weights are those of a float16 file."""
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.copy_(p.half())
+    return copied
 
 
 def _refuse_changes(path: Path, saved: dict, settings: dict) -> None:
@@ -506,20 +411,51 @@ def _refuse_changes(path: Path, saved: dict, settings: dict) -> None:
         )
 
 
+def _fingerprint(model: nn.Module) -> str:
+    """A short text that differs when the weights do."""
+    digest = hashlib.sha256()
+    for x in model.state_dict().values():
+        digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def _names(clips: list[Clip]) -> str:
     """A short text that differs when the clips do."""
     text = "\n".join(f"{clip.name} {clip.shape}" for clip in clips)
     return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _device(name: str) -> torch.device:
+def _loss(model: MANA, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
+    """Mean loss [] of a stage: lr [B, 7, 3, h, w] and the center's hr [B, 3, 4h, 4w]."""
+    return model.memory_loss(lr) if stage == 2 else F.l1_loss(model(lr), hr)
+
+
+def gradient_noise(optimizer: torch.optim.Adam, batch: int) -> float | None:
+    """The number of samples whose mean gradient is as much noise as signal.
+
+    Adam keeps averages m and v of the gradient and its square. Were the gradient of constant mean
+    and of variance s^2, m would have the variance s^2 (1 - b1) / (1 + b1), so that m^2 and v give
+    both. None where the mean vanishes in the noise.
+    """
+    first, second = 0.0, 0.0
+    beta, beta2 = optimizer.param_groups[0]["betas"]
+    for state in optimizer.state.values():
+        age = float(state["step"])
+        first += (state["exp_avg"] / (1 - beta**age)).square().sum().item()
+        second += (state["exp_avg_sq"] / (1 - beta2**age)).sum().item()
+    noise = (second - first) * (1 + beta) / (2 * beta) if beta else math.nan
+    signal = second - noise
+    return batch * noise / signal if noise > 0 and signal > 0 else None
+
+
+def _device(name: str, local_rank: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda needs a CUDA GPU, there is none; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     # without this, a run that was resumed would differ from one that was not
     torch.backends.cudnn.deterministic = True
-    return torch.device(name)
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
 
 
 def _backend(name: str, device: torch.device) -> str:
@@ -566,9 +502,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.data and not args.stills:
         parser.error("pass --data or --stills")
-    for name in ("crop", "batch", "val_every", "val_frames", "save_every", "workers"):
+    for name in ("crop", "batch", "accumulate", "val_every", "val_frames", "save_every", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch % args.accumulate:
+        parser.error("--batch must be a multiple of --accumulate")
     if min(args.stage1, args.stage2, args.stage3) < 0 or not 0 <= args.ema < 1:
         parser.error("iterations must be at least 0, and 0 <= --ema < 1")
     if args.stage1 + args.stage2 + args.stage3 == 0:
@@ -587,9 +525,11 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--still-fraction", type=float, default=0.3, help="share of samples from stills")
     add("--val", help="clips for validation, as --data", **paths)
     add("--cache", type=Path, help="folder for decoded clips (default: cache beside OUT)")
-    add("--degradation", choices=tuple(DEGRADATIONS), default="matlab_bicubic", help="x1/4 method")
+    add("--degradation", choices=(*DEGRADATIONS, "real"), default="matlab_bicubic",
+        help="x1/4 method; real: blur, noise and lossy codecs, made once by PyAV")  # fmt: skip
     add("--crop", type=int, default=64, help="low-resolution pixels of a sample")
     add("--batch", type=int, default=16, help="samples per iteration")
+    add("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     add("--workers", type=int, default=1, help="threads that prepare batches")
 
 
@@ -616,6 +556,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder of the run (default: runs/PRESET)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     add("--backend", choices=BACKENDS, default="auto", help="of the attention")
+    add("--compile", action="store_true", help="compile the network first, which takes minutes")
     add("--threads", type=int, default=0, help="of PyTorch on the CPU, 0 for its own choice")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the iterations")
     add("--val-every", type=int, default=2000, help="iterations between validations")
@@ -624,8 +565,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, default=0, help="stop, validated and saved, after this time")
 
 
-def train(args: argparse.Namespace, config: MANAConfig) -> dict:
-    """Train a model of `config` with the flags `args`; the last line of stdout as a dict."""
+def train(args: argparse.Namespace, config: MANAConfig) -> dict | None:
+    """Train a model of `config` with the flags `args`; the last line of stdout as a dict.
+
+    None in every process but the first.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     return Trainer(args, config).run()
@@ -642,7 +586,8 @@ def main() -> None:
         sys.exit("error: the GPU's memory is too small; lower --batch or --crop")
     except KeyboardInterrupt:
         sys.exit("error: stopped; run the same command to continue from the last saved state")
-    print(json.dumps(summary))
+    if summary:
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":

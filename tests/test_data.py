@@ -338,6 +338,16 @@ def test_samples_depend_on_seed_iteration_and_index_alone(clips, stills):
     assert not torch.equal(sampler(clips, stills, seed=6).load(7)[1], hr)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_degrades_bit_for_bit_alike(clips, stills):
+    s = sampler(clips, stills)
+    for n in range(10):
+        expected = s.load(n)
+        for actual, x in zip(s.assemble(s.cuts(n), torch.device("cuda")), expected, strict=True):
+            assert torch.equal(actual.cpu(), x)
+
+
 def test_an_error_in_the_background_reaches_the_caller(clips):
     failing = sampler(clips, [])
     failing.degradation = "none"
