@@ -550,8 +550,8 @@ class Sampler:
 
         Given a GPU as `device`, they are degraded there where the degradation can be.
         """
-        there = device is not None and device.type != "cpu" and not self.low
-        there = there and self.degradation == "matlab_bicubic"
+        possible = self.degradation == "matlab_bicubic" and not self.low
+        there = device if possible and device and device.type != "cpu" else None
         pool = ThreadPoolExecutor(workers, "batches", torch.set_num_threads, (1,))
         pending = deque()
         ahead = iter(range(start, stop))
@@ -561,7 +561,7 @@ class Sampler:
                     work = self.cuts if there else self.load
                     pending.append(pool.submit(self._timed, work, n, share))
                 batch = pending.popleft().result()
-                yield self.assemble(batch, device) if there else batch
+                yield self.assemble(batch, there) if there else batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
