@@ -241,3 +241,24 @@ def test_wrong_usage(argv, line, capsys):
         run.parse_args(argv)
     assert stop.value.code == 2
     assert line in capsys.readouterr().err
+
+
+def test_readme_shows_the_kept_measurement():
+    kept = json.loads((run.ROOT / "eval" / "results" / "bench-cpu.json").read_text())
+    readme = (run.ROOT / "README.md").read_text()
+
+    def number(x: float) -> str:
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    for row in kept["rows"]:
+        if row.get("ms") is None or row["what"].endswith("again") or "published" in row["what"]:
+            continue
+        if row["part"] == "frame":
+            name = f"{row['preset']}, {row['width']}x{row['height']} | {row['what']}"
+            spread = f"({number(row['p20'])} to {number(row['p80'])})"
+            assert f"| {name} | {number(row['ms'])} {spread} |" in readme
+        if row["part"] == "attention":
+            assert f"| {row['what']} | {number(row['ms'])} |" in readme
+        if row["part"] == "stage":
+            line = next(x for x in readme.splitlines() if x.startswith(f"| {row['what']} |"))
+            assert f"| {number(row['ms'])} |" in line
