@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -139,6 +140,17 @@ def _reason(error: OSError | FFmpegError) -> str:
         errno.EFBIG: "disk full or file too large; write elsewhere",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exact(seconds: float) -> Fraction:
@@ -293,9 +305,16 @@ class VideoReader(_Reader):
             )
         return Color(matrix, full, first.color_primaries, first.color_trc)
 
-    def _in_range(self) -> Iterator[_Timed]:
-        frames, start = self._decoded(), self._origin + _exact(self.start or 0)
-        if self.start:
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        self._container.close()
+        self._open()
+        self._frames = self._in_range(None if pts is None else pts * self.time_base)
+
+    def _in_range(self, begin: Fraction | None = None) -> Iterator[_Timed]:
+        frames = self._decoded()
+        start = self._origin + _exact(self.start or 0) if begin is None else begin
+        if self.start or begin is not None:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
                 self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
@@ -491,8 +510,8 @@ class _Writer:
         self.suffix = self.path.suffix.lower()
         self.width, self.height, self._reader = width, height, reader
 
-    def _claim(self, overwrite: bool) -> Path:
-        """A hidden name beside the output's, after checking that the output may be written."""
+    def _claim(self, overwrite: bool, part: Path | None = None) -> Path:
+        """The name while it grows, after checking that the output may be written."""
         path = self.path
         if path.exists():
             if path.samefile(self._reader.path):
@@ -501,7 +520,8 @@ class _Writer:
                 raise MediaError(f"{path}: exists; use --overwrite or choose another output")
         if not path.parent.is_dir():
             raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
-        return path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
+        hidden = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
+        return part or hidden
 
     def _check(self, rgb: np.ndarray) -> None:
         if rgb.shape != (self.height, self.width, 3) or rgb.dtype != np.uint8:
@@ -527,73 +547,40 @@ class _Writer:
             self.abort()
 
 
-class VideoWriter(_Writer):
-    """Encodes frames; copies everything else of the reader's file beside them.
+class VideoEncoder:
+    """Turns pictures into the packets of one video stream, which starts with a key frame.
 
     Args:
-        path: output; its suffix chooses the container.
-        reader: where the frames come from: timestamps, colors, rotation, audio, tags.
-        width, height: of the frames to be written, pixels.
-        codec: FFmpeg encoder.
-        crf: constant quality, for encoders that have it; None for their default.
-        options: further encoder options; "pix_fmt" is taken as the argument of that name.
-        overwrite: replace an existing output.
-        pix_fmt: None means yuv420p, or what the encoder has closest to it.
+        path, reader, width, height: as of VideoWriter.
+        container: gets the stream; no packet is written into it here.
+        codec, crf, options, pix_fmt: as of VideoWriter.
 
     Attributes:
+        stream: of the container.
+        headers: what the encoder says about its stream beside the packets.
         notes: lines the user should see.
-
-    Raises:
-        MediaError: the output cannot be written as asked; nothing is left behind.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: Path,
         reader: "VideoReader | ImageFolderReader",
         width: int,
         height: int,
+        container: Any,
         *,
         codec: str = "libx264",
         crf: float | None = 18,
         options: Mapping[str, str] | None = None,
-        overwrite: bool = False,
         pix_fmt: str | None = None,
     ):
-        super().__init__(path, reader, width, height)
-        self._copier: _Copier | None = None
+        self.path, self.suffix, self.notes = path, path.suffix.lower(), []
+        self.width, self.height, self._reader, self._container = width, height, reader, container
         self._durations: dict[int, int] = {}  # by pts, of the frames the encoder holds
-        self._finished = False
-        if self.suffix not in VIDEO_SUFFIXES:
-            known = " ".join(VIDEO_SUFFIXES)
-            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
-        if self.path.is_dir():
-            raise MediaError(f"{path}: is a folder; give a file name")
-        self._part = self._claim(overwrite)
         options = {key: str(value) for key, value in (options or {}).items()}
         pix_fmt = options.pop("pix_fmt", pix_fmt)
-        self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
-        try:
-            with _explained(self.path, "write"):
-                self._open(codec, crf, options, pix_fmt)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _open(self, codec: str, crf: float | None, options: dict, pix_fmt: str | None) -> None:
-        reader = self._reader
-        if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
-            ticks = str(max(1000, reader.time_base.denominator))
-            self._container.container_options["movie_timescale"] = ticks
-        self._stream = self._add_video(codec, crf, options, pix_fmt)
-        if isinstance(reader, VideoReader):
-            if reader.display_matrix:  # before the header; its translation is in pixels
-                matrix = list(reader.display_matrix)
-                matrix[6] = matrix[6] * self.width // reader.width
-                matrix[7] = matrix[7] * self.height // reader.height
-                self._stream.set_display_matrix(matrix)
-            self._copier = _Copier(reader, self)
-        self._container.start_encoding()
+        self.stream = self._add_video(codec, crf, options, pix_fmt)
+        self.headers = bytes(self.stream.codec_context.extradata or b"")
 
     def _add_video(
         self, codec: str, crf: float | None, options: dict, pix_fmt: str | None
@@ -690,9 +677,8 @@ class VideoWriter(_Writer):
             os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
         return options
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> None:
-        """Encode one picture, [height, width, 3] uint8 RGB, at the time of `frame`."""
-        self._check(rgb)
+    def encode(self, rgb: np.ndarray, frame: Frame) -> list[_Timed]:
+        """Take one picture, at the time of `frame`; returns the packets that are ready."""
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), "rgb24").reformat(
             format=self._format.name,
             dst_colorspace=self._reader.color.sws[0],
@@ -703,32 +689,135 @@ class VideoWriter(_Writer):
         picture.pts = frame.pts - int(self._reader.offset / frame.time_base)
         picture.time_base, picture.duration = frame.time_base, frame.duration
         self._durations[picture.pts] = frame.duration
+        return self._timed(self.stream.encode(picture))
+
+    def finish(self) -> list[_Timed]:
+        """The packets of the pictures that the encoder still holds."""
+        return self._timed(self.stream.encode(None))
+
+    def _timed(self, packets: list[_Timed]) -> list[_Timed]:
+        for packet in packets:
+            packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
+        return packets
+
+
+class VideoWriter(_Writer):
+    """Encodes frames; copies everything else of the reader's file beside them.
+
+    Args:
+        path: output; its suffix chooses the container.
+        reader: where the frames come from: timestamps, colors, rotation, audio, tags.
+        width, height: of the frames to be written, pixels.
+        overwrite: replace an existing output.
+        part: name of the file while it grows, on the disk of `path`; None: a hidden one beside.
+        encoding: codec: FFmpeg encoder; crf: constant quality, for encoders that have it, None for
+            their default; options: further encoder options, where "pix_fmt" is taken as the
+            argument of that name; pix_fmt: None means yuv420p, or what the encoder has closest.
+
+    Attributes:
+        notes: lines the user should see.
+        headers: of the encoder, see VideoEncoder.
+
+    Raises:
+        MediaError: the output cannot be written as asked; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        reader: "VideoReader | ImageFolderReader",
+        width: int,
+        height: int,
+        *,
+        overwrite: bool = False,
+        part: Path | None = None,
+        **encoding: Any,
+    ):
+        super().__init__(path, reader, width, height)
+        self._copier: _Copier | None = None
+        self._encoded = self._completed = self._finished = False
+        if self.suffix not in VIDEO_SUFFIXES:
+            known = " ".join(VIDEO_SUFFIXES)
+            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
+        if self.path.is_dir():
+            raise MediaError(f"{path}: is a folder; give a file name")
+        self._part = self._claim(overwrite, part)
+        self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
+        try:
+            with _explained(self.path, "write"):
+                self._open(encoding)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, encoding: dict[str, Any]) -> None:
+        reader = self._reader
+        if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
+            ticks = str(max(1000, reader.time_base.denominator))
+            self._container.container_options["movie_timescale"] = ticks
+        size = self.width, self.height
+        self._encoder = VideoEncoder(self.path, reader, *size, self._container, **encoding)
+        self._stream, self.headers = self._encoder.stream, self._encoder.headers
+        self.notes += self._encoder.notes
+        if isinstance(reader, VideoReader):
+            if reader.display_matrix:  # before the header; its translation is in pixels
+                matrix = list(reader.display_matrix)
+                matrix[6] = matrix[6] * self.width // reader.width
+                matrix[7] = matrix[7] * self.height // reader.height
+                self._stream.set_display_matrix(matrix)
+            self._copier = _Copier(reader, self)
+        self._container.start_encoding()
+
+    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+        """Encode one picture, [height, width, 3] uint8 RGB, at the time of `frame`."""
+        self._check(rgb)
+        self._encoded = True
         with _explained(self.path, "write"):
             if self._copier:
                 self._copier.until(frame.pts * frame.time_base)
-            self._mux(self._stream.encode(picture))
+            for packet in self._encoder.encode(rgb, frame):
+                self._container.mux_one(packet)
 
-    def _mux(self, packets: list[_Timed]) -> None:
-        for packet in packets:
-            packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
+    def put(self, packet: _Timed) -> None:
+        """Write a packet that an encoder with the same settings made; no `write` beside it."""
+        with _explained(self.path, "write"):
+            if self._copier:
+                self._copier.until(packet.dts * packet.time_base + self._reader.offset)
+            packet.stream = self._stream
             self._container.mux_one(packet)
 
-    def close(self) -> None:
-        """Finish the file and give it its name."""
-        if self._finished:
+    def complete(self) -> None:
+        """Finish the file, under the name it grew with, and make sure that it is on the disk."""
+        if self._completed or self._finished:
             return
         try:
             with _explained(self.path, "write"):
-                self._mux(self._stream.encode(None))
+                if self._encoded:
+                    for packet in self._encoder.finish():
+                        self._container.mux_one(packet)
                 if self._copier:
                     self._copier.until(None)
                     self._copier.close()
                 self._container.close()
+                sync(self._part)
+        except BaseException:
+            self.abort()
+            raise
+        self._completed = True
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        self.complete()
+        if self._finished:
+            return
+        try:
+            with _explained(self.path, "write"):
                 self._part.replace(self.path)
         except BaseException:
             self.abort()
             raise
         self._finished = True
+        sync(self.path.parent)
 
     def abort(self) -> None:
         """Delete what was written so far; nothing to do after close."""
@@ -783,7 +872,7 @@ class ImageFolderReader(_Reader):
         self.files = self.files[first:last]
         if not self.files:
             raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
-        self.frame_count = len(self.files)
+        self.frame_count, self._first = len(self.files), 0
         self.width, self.height = _image_size(self.files[0])
         for file in self.files:  # now rather than after hours of work
             if (size := _image_size(file)) != (self.width, self.height):
@@ -792,8 +881,12 @@ class ImageFolderReader(_Reader):
                     f" {self.width}x{self.height}; all pictures must have one size"
                 )
 
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first one."""
+        self._first = pts or 0
+
     def __iter__(self) -> Iterator[Frame]:
-        for index, file in enumerate(self.files):
+        for index, file in enumerate(self.files[self._first :], self._first):
             with _explained(file, "read the picture"), Image.open(file) as image:
                 if image.mode != "RGB":
                     self._note("gray, transparent or indexed pictures are converted to RGB")
@@ -820,7 +913,8 @@ def _image_size(file: Path) -> tuple[int, int]:
 class ImageFolderWriter(_Writer):
     """Writes frames as PNG files into a folder that gets its name when it is complete.
 
-    Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...
+    Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...;
+    `part` may be a folder that holds the first `count` of them.
     """
 
     def __init__(
@@ -831,9 +925,11 @@ class ImageFolderWriter(_Writer):
         height: int,
         *,
         overwrite: bool = False,
+        part: Path | None = None,
+        count: int = 0,
     ):
         super().__init__(path, reader, width, height)
-        self._count = 0
+        self._count = count
         if self.path.is_file():
             raise MediaError(f"{path}: is a file; give a folder or a video file name")
         if self.path.is_dir() and any(file.suffix != ".png" for file in self.path.iterdir()):
@@ -842,17 +938,18 @@ class ImageFolderWriter(_Writer):
         for one, next_one in itertools.pairwise(stems):
             if one == next_one:
                 raise MediaError(f"{reader.path}: two pictures are called '{one}'; rename one")
-        self._part = self._claim(overwrite)
+        self._part = self._claim(overwrite, part)
         with _explained(self.path, "write"):
-            self._part.mkdir()
+            self._part.mkdir(exist_ok=part is not None)
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+    def write(self, rgb: np.ndarray, frame: Frame) -> Path:
         """Write one picture, [height, width, 3] uint8 RGB, under the name of `frame`."""
         self._check(rgb)
         name = frame.name or f"{self._count:08d}"
         self._count += 1
         with _explained(self.path, "write"):
             Image.fromarray(rgb).save(self._part / f"{name}.png", compress_level=3)
+        return self._part / f"{name}.png"
 
     def close(self) -> None:
         """Give the folder its name, in place of an older one."""
