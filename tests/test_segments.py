@@ -1,0 +1,304 @@
+"""Work that survives: whatever stops a run, the next one ends with the same result."""
+
+import hashlib
+import json
+import random
+import subprocess
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import faults
+import media
+import numpy as np
+import pytest
+import torch
+from faults import Runner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from mana_triton import checkpoint
+from mana_triton.model import MANA, MANAConfig
+from mana_triton.segments import Seen, Trail, open_resumable
+from mana_triton.stream import CutDetector, Upscaler
+from mana_triton.video import MediaError, open_reader
+
+pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
+
+ENCODER = ("-e", "preset=veryfast")  # with B frames, which leave the encoder in another order
+SEGMENT = ("--segment", "6")
+COUNT = 26
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A tiny random network in which neighbors matter."""
+    torch.manual_seed(0)
+    model = MANA(
+        MANAConfig(
+            channels=8,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            memory_slots=8,
+            match="cosine",
+            offsets=True,
+        )  # fmt: skip
+    )
+    for layer in (model.w_z, model.w_z1):
+        nn.init.normal_(layer.weight, std=0.3)
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    checkpoint.save(model, path)
+    return path
+
+
+def pictures(count: int = COUNT, size: tuple[int, int] = (24, 40)) -> list[np.ndarray]:
+    """Three scenes; the middle one is shorter than a window."""
+    rng = np.random.default_rng(5)
+    scenes = [rng.integers(0, 256, (*size, 3)).astype(np.float64) for _ in range(3)]
+    starts = [0, 11, 15]
+    frames = []
+    for number in range(count):
+        scene = scenes[sum(start <= number for start in starts) - 1]
+        frames.append(np.roll(scene, number, axis=1).astype(np.uint8))
+    return frames
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """Sound, B frames, key frames now and then, and irregular times with large gaps."""
+    steps = np.random.default_rng(3).choice([900, 3600, 20000], COUNT)
+    return media.write_video(
+        tmp_path_factory.mktemp("clip") / "clip.mp4",
+        pictures(),
+        pts=np.cumsum(steps).tolist(),
+        options={"g": "7", "bf": "2", "crf": "12"},
+        audio=True,
+        color=(1, 1, 1, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory) -> Iterator[Runner]:
+    """Forks runs; its children's operations on files of the module's folders are counted."""
+    runner = Runner(tmp_path_factory.getbasetemp())
+    yield runner
+    runner.close()
+
+
+def content(path: Path) -> list[Any]:
+    """What a viewer gets: every picture with its time, and every packet of sound."""
+    if path.is_dir():
+        return [(f.name, np.asarray(Image.open(f)).tobytes()) for f in sorted(path.iterdir())]
+    with av.open(str(path)) as container:
+        frames = [
+            (frame.pts, hashlib.sha256(frame.to_ndarray().tobytes()).hexdigest())
+            for frame in container.decode(video=0)
+        ]
+    return [frames, media.packets(path, "audio") if "clip" in path.name else None]
+
+
+def command(clip: Path, weights: Path, output: Path) -> list[object]:
+    encoder = ENCODER if output.suffix else ()
+    return [clip, "-o", output, "-n", weights, *SEGMENT, *encoder]
+
+
+@pytest.fixture(scope="module")
+def whole(clip, weights, runner, tmp_path_factory) -> dict[str, list]:
+    """The results of runs that nothing stopped, by the output's suffix."""
+    results = {}
+    for suffix in (".mp4", ""):
+        output = tmp_path_factory.mktemp("whole") / f"clip_x4{suffix}"
+        run = runner(*command(clip, weights, output))
+        assert run.code == 0, run.err
+        assert run.summary["frames"] == COUNT
+        assert [file.name for file in output.parent.iterdir()] == [output.name]
+        results[suffix] = content(output)
+    return results
+
+
+def assert_survives(arguments: list[object], output: Path, runner: Runner, expected: list) -> int:
+    """The output is absent or whole, and the same command ends with the expected result.
+
+    Returns how many frames the second run found done.
+    """
+    if output.exists():
+        assert content(output) == expected
+    parts = output.with_name(f"{output.name}.parts")
+    was_done = output.exists()
+    run = runner(*arguments)
+    if was_done:
+        assert run.code == 1
+        assert "exists; use --overwrite" in run.err
+    else:
+        assert run.code == 0, run.err
+    assert content(output) == expected
+    assert not parts.exists()
+    assert [file.name for file in output.parent.iterdir()] == [output.name]
+    return COUNT if was_done else run.summary["resumed"]
+
+
+# what the engine must remember
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 29), st.integers(0, 2**32))
+def test_the_trail_continues(at, seed):
+    """Scene cuts after any frame are those of a detector that saw all frames."""
+    rng = np.random.default_rng(seed)
+    frames, picture = [], None
+    for number in range(30):
+        if picture is None or rng.random() < 0.25:
+            picture = rng.integers(0, 256, (12, 16, 3)).astype(np.float64)
+        picture = (picture + rng.normal(0, 15, picture.shape)).clip(0, 255)
+        frames.append(media_frame(picture.astype(np.uint8), number))
+    detector, trail = CutDetector(), Trail(3)
+    expected = [detector.is_cut(frame.rgb) for frame in frames]
+    seen = [trail.see(frame) for frame in frames]
+    assert [cut for cut, _ in seen] == expected
+    done = json.loads(json.dumps(seen[at - 1][1].to_json()))
+    assert done["number"] == at
+    trail = Trail(3, done)
+    again = [trail.see(frame) for frame in frames[trail.first :]]
+    assert [cut for cut, _ in again] == expected[trail.first :]
+    for (_, before), (_, after) in zip(seen[at:], again[trail.skip :], strict=True):
+        assert (before.number, before.scores) == (after.number, after.scores)
+
+
+def media_frame(rgb: np.ndarray, number: int):
+    from mana_triton.video import Frame
+
+    return Frame(rgb, number, Fraction(1, 25), 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stream_continues_bit_by_bit(weights, workers):
+    """At every frame, also just before and after cuts and in a scene shorter than the window."""
+    frames = [media_frame(rgb, i) for i, rgb in enumerate(pictures())]
+    upscaler = Upscaler(weights, workers=workers)
+    expected = list(upscaler.stream(frame.rgb for frame in frames))
+    trail = Trail(upscaler.reach)
+    seen: list[Seen] = [trail.see(frame)[1] for frame in frames]
+    for at in range(1, COUNT):
+        trail = Trail(upscaler.reach, seen[at - 1].to_json())
+        rest = frames[trail.first :]
+        cuts = iter([trail.see(frame)[0] for frame in rest])
+        results = upscaler.stream(
+            (frame.rgb for frame in rest), first=trail.first, is_cut=lambda _, c=cuts: next(c)
+        )
+        for number, result in enumerate(results):
+            if number >= trail.skip:
+                assert np.array_equal(result, expected[trail.first + number]), (at, number)
+
+
+# the whole way
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
+def test_killed_at_operations_on_files(suffix, clip, weights, runner, whole, tmp_path):
+    """Some of all the points; -m slow tries every one."""
+    try_points(suffix, clip, weights, runner, whole, tmp_path, tries=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
+def test_killed_at_every_operation_on_files(suffix, clip, weights, runner, whole, tmp_path):
+    try_points(suffix, clip, weights, runner, whole, tmp_path, tries=1 << 30)
+
+
+def try_points(suffix, clip, weights, runner, whole, tmp_path, tries) -> None:
+    output = tmp_path / "probe" / f"clip_x4{suffix}"
+    output.parent.mkdir()
+    total = runner(*command(clip, weights, output)).operations
+    assert total > 20
+    points = range(1, total + 1)
+    chosen = sorted(random.Random(1).sample(points, min(tries, total)))
+    resumed = []
+    for point in chosen:
+        output = tmp_path / str(point) / f"clip_x4{suffix}"
+        output.parent.mkdir()
+        arguments = command(clip, weights, output)
+        run = runner(*arguments, kill_at=point)
+        assert run.code == -9, (point, run)
+        resumed.append(assert_survives(arguments, output, runner, whole[suffix]))
+    assert resumed == sorted(resumed)  # later deaths lose no more than earlier ones
+    assert max(resumed) >= 6
+    print(f"killed at {len(chosen)} of {total} operations on files, all survived: {resumed}")
+
+
+def test_killed_again_and_again(clip, weights, runner, whole, tmp_path):
+    """Every run gets a little further: a resumed run can itself be resumed."""
+    output = tmp_path / "clip_x4.mp4"
+    arguments = command(clip, weights, output)
+    found = []
+    for _ in range(12):
+        run = runner(*arguments, encode=8)
+        if run.code == 0:
+            break
+        assert run.err.count("error: ") == 1
+        found.append(int(run.err.split("note: ")[-1].split()[0]))
+    assert found == [6, 12, 18]
+    assert content(output) == whole[".mp4"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_stopped_at_random_times(name, clip, weights, runner, whole, tmp_path):
+    import time
+
+    probe = tmp_path / "clip_x4.mp4"
+    began = time.monotonic()
+    assert runner(*command(clip, weights, probe)).code == 0
+    lasts, chance = time.monotonic() - began, random.Random(name)
+    resumed = []
+    for point in range(50):
+        output = tmp_path / str(point) / "clip_x4.mp4"
+        output.parent.mkdir()
+        arguments = command(clip, weights, output)
+        run = runner(*arguments, signal=name, after=chance.uniform(0, lasts))
+        assert run.code in ((-9, 0) if name == "SIGKILL" else (1, 0)), run
+        assert "Traceback" not in run.err
+        resumed.append(assert_survives(arguments, output, runner, whole[".mp4"]))
+    print(f"{name} at {len(resumed)} random times, all survived: {sorted(resumed)}")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 1), ("SIGKILL", -9)])
+def test_stopped_by_a_signal(name, code, clip, weights, runner, whole, tmp_path):
+    """The encoder fails if the signal does not come, so the run cannot end before it."""
+    output = tmp_path / "clip_x4.mp4"
+    arguments = command(clip, weights, output)
+    run = runner(*arguments, signal=name, after=0, encode=COUNT - 1)
+    assert run.code == code, run.err
+    if name != "SIGKILL":
+        assert run.err.splitlines()[-1] == "error: stopped; the same command continues"
+    assert_survives(arguments, output, runner, whole[".mp4"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"largest": 3000}, "cannot write: disk full or file too large"),
+        ({"largest": 9000}, "cannot write: disk full or file too large"),
+        ({"read": 15}, "Input/output error"),
+        ({"encode": 20}, "cannot write: Generic error in an external library"),
+    ],
+    ids=["full disk in a segment", "full disk while joining", "reading", "encoding"],
+)
+def test_failures_keep_what_is_done(fault, message, clip, weights, runner, whole, tmp_path):
+    output = tmp_path / "clip_x4.mp4"
+    arguments = command(clip, weights, output)
+    run = runner(*arguments, **fault)
+    assert run.code == 1
+    lines = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in run.err
+    assert not output.exists()
+    resumed = assert_survives(arguments, output, runner, whole[".mp4"])
+    assert resumed == {3000: 0, 9000: COUNT}.get(fault.get("largest", 0), resumed)
+    assert "largest" in fault or resumed >= 6
