@@ -406,10 +406,11 @@ def _run_folder(
         except MediaError as error:
             console.print(f"error: {error}", markup=False)
             failed.append(str(source))
-            table.add_row(name, f"[red]failed:[/] {escape(str(error))}", "", "")
+            table.add_row(name, "[red]failed[/], see above", "", "")
         else:
             row = done[-1]
-            table.add_row(name, escape(row["output"] or "-"), *map(str, _figures(row)))
+            result = escape(Path(row["output"]).name) if row["output"] else "timed"
+            table.add_row(name, result, str(row["frames"]), str(row["ms_per_frame"]))
     console.print(table)
     total = {key: sum(result[key] for result in done) for key in ("frames", "seconds")}
     new = total["frames"] - sum(result.get("resumed", 0) for result in done)
@@ -420,10 +421,6 @@ def _run_folder(
         "height": max((result["height"] for result in done), default=0),
         "ms_per_frame": round(1000 * total["seconds"] / max(new, 1), 2),
     }, 1 if failed else 0  # fmt: skip
-
-
-def _figures(result: dict) -> tuple[int, float]:
-    return result["frames"], result["ms_per_frame"]
 
 
 def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:

@@ -641,8 +641,8 @@ class VideoEncoder:
                 options = {"crf": f"{crf:g}"} | options
             elif codec.lossy:
                 self.notes.append(f"{codec.name} has no crf; it encodes at its default quality")
+        given = " ".join(f"{key}={value}" for key, value in options.items())
         context.options = self._bounded(context, options)
-        given = " ".join(f"{key}={value}" for key, value in context.options.items())
         try:
             context.open()
         except FFmpegError as error:
