@@ -395,9 +395,9 @@ def _run_folder(
     done, failed, before = [], [], []
     table = Table("video", "result", "frames", "ms/frame", title=str(args.input))
     for source, output in jobs:
-        segments.sweep(output)
         name = escape(source.name)
         if output.exists() and not args.overwrite and not args.benchmark and args.preview is None:
+            segments.sweep(output)
             before.append(str(output))
             table.add_row(name, "done before", "", "")
             continue

@@ -307,9 +307,12 @@ def parts_of(output: Path) -> Path:
 def sweep(output: Path) -> None:
     """Remove what is left if a process died after it named its output and before it cleaned up."""
     folder = parts_of(output)
+    if not (output.exists() and folder.is_dir()):
+        return
     lines = _lines(folder / "manifest")
     name = lines[-1].get("complete") if lines else None
-    if name and output.exists() and not (folder / name).exists():
+    is_named = name is not None and not (folder / name).exists()
+    if is_named or all(file.name == "lock" for file in folder.iterdir()):
         with _explained(folder, "remove"):
             _remove(folder, _lock(folder, output))
 

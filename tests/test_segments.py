@@ -1,9 +1,12 @@
 """Work that survives: whatever stops a run, the next one ends with the same result."""
 
+import contextlib
 import hashlib
 import json
 import random
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -23,9 +26,8 @@ from torch import nn
 
 from mana_triton import checkpoint
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.segments import Seen, Trail, open_resumable
+from mana_triton.segments import LENGTH, Seen, Trail
 from mana_triton.stream import CutDetector, Upscaler
-from mana_triton.video import MediaError, open_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
@@ -46,7 +48,7 @@ def weights(tmp_path_factory) -> Path:
             memory_slots=8,
             match="cosine",
             offsets=True,
-        )  # fmt: skip
+        )
     )
     for layer in (model.w_z, model.w_z1):
         nn.init.normal_(layer.weight, std=0.3)
@@ -250,7 +252,6 @@ def test_killed_again_and_again(clip, weights, runner, whole, tmp_path):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_stopped_at_random_times(name, clip, weights, runner, whole, tmp_path):
-    import time
 
     probe = tmp_path / "clip_x4.mp4"
     began = time.monotonic()
@@ -304,3 +305,37 @@ def test_failures_keep_what_is_done(fault, message, clip, weights, runner, whole
     assert not output.exists()
     resumed = assert_survives(arguments, output, runner, whole[".mp4"])
     assert resumed == {0.1: 0, 0.8: COUNT, None: fault.get("read", 20) // 6 * 6}[share]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_is_constant_over_twenty_thousand_frames(weights, tmp_path):
+    """The resident memory of a run, sampled: its slope over the second half is about none."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    frames = [np.roll(picture, i, axis=1) for i in range(16)] * 1250
+    clip = media.write_video(tmp_path / "long.mp4", frames)
+    arguments = [clip, "-o", tmp_path / "out.mkv", "-n", weights, *ENCODER]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mana_triton.infer", *map(str, arguments)],
+        cwd=faults.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    samples = []  # frames done, MiB
+    while process.poll() is None:
+        time.sleep(0.5)
+        manifest = tmp_path / "out.mkv.parts" / "manifest"
+        status = Path(f"/proc/{process.pid}/status")
+        with contextlib.suppress(OSError):  # the process ends in between
+            done = max(len(manifest.read_bytes().splitlines()) - 1, 0) * LENGTH
+            resident = [x for x in status.read_text().splitlines() if x.startswith("VmRSS")]
+            samples += [(done, int(line.split()[1]) / 1024) for line in resident]
+    assert process.stdout
+    assert json.loads(process.stdout.read().splitlines()[-1])["frames"] == 20000
+    later = np.array([sample for sample in samples if sample[0] >= 10000])
+    assert len(later) >= 10
+    slope = np.polyfit(*later.T, 1)[0] * 10000
+    print(f"RSS {later[0, 1]:.0f} to {later[-1, 1]:.0f} MiB, {slope:+.2f} MiB in 10,000 frames")
+    assert (
+        abs(slope) < 8
+    )  # what the manifest and 10,000 of anything would not fit into: 0.8 kB each
