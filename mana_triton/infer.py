@@ -207,7 +207,7 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
         "backend": upscaler.backend, "tile": upscaler.tile_for(reader.height, reader.width)[0],
     }  # fmt: skip
     return {
-        "settings": flags | engine | {"options": sorted(args.options)},
+        "settings": flags | engine | {"options": dict(args.options)},
         "weights": _weights_hash(upscaler.model),
         "input": segments.input_identity(reader),
         "software": {"torch": torch.__version__, "av": av.__version__},

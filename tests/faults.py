@@ -52,9 +52,10 @@ class Runner:
         return Run(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        assert self._process.stdin
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def _serve(watched: str) -> None:
