@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="write bicubic and the result side by side")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--restart", action="store_true", help="throw the unfinished work of an earlier run away")
-    help_segment = "frames after which the work can be continued (default: %(default)s)"
+    help_segment = "frames, at least, of a part that survives a stop (default: %(default)s)"
     add("--segment", type=_frames, default=segments.LENGTH, metavar="N", help=help_segment)
     only = parser.add_mutually_exclusive_group()
     help_preview = "write one PNG: frame N (from 0, after --start), bicubic | ours, with details"
@@ -231,7 +231,7 @@ def _kept(writer, length: int) -> Iterator[None]:
         if writer.number:
             kept = f"{writer.number} frames are kept; the same command continues there"
         else:
-            kept = f"nothing is kept; a segment has {length} frames, and none was finished"
+            kept = f"nothing is kept, as fewer than the {length} frames of a segment were done"
         console.print(f"note: {kept}", markup=False)
         raise
 

@@ -17,8 +17,11 @@ A segment counts once its line is in the manifest, which happens after its bytes
 the line has their hashes, and where and with what memory the next segment begins. What a crash
 leaves beyond the last line is thrown away. The first line appears with the file, by renaming;
 later ones are appended, so that a long job does not write its history again and again, and a line
-that was cut off is no line. A segment has a fixed number of frames: were it cut by the clock,
-a run that was interrupted would give other frames than one that was not.
+that was cut off is no line.
+
+A segment ends where an encoder begins anew at any rate: at a scene cut, or LENGTH frames after the
+last key frame. So it costs no key frame. Were it cut by the clock, a run that was interrupted would
+give other frames than one that was not.
 
 Segments keep packets in a form of their own because no container holds the exact presentation
 and decoding times and durations of every codec: Matroska rounds them, NUT has only the first.
@@ -58,7 +61,7 @@ from .video import (
 )
 
 FORMAT = 1
-LENGTH = 240  # frames of a segment: even, as x264 numbers successive key frames 0 1 0 1
+LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
 PICTURES = 8  # the same for PNG files, which cost nothing to part
 SAMPLES, SAMPLE = 64, 1 << 16  # how much of the input is hashed: 4 MiB, evenly spread
 _RECORD = struct.Struct("<qqqI?")  # pts, dts, duration, bytes, is it a key frame
@@ -392,7 +395,7 @@ class ResumableVideo(_Writer):
     Args:
         job: what must be the same for the work to continue, as JSON.
         restart: throw older work away.
-        length: frames of a segment.
+        length: frames of a segment at least.
 
     Attributes:
         done: where the work continues, for `Trail` and `frames_after`.
@@ -442,13 +445,20 @@ class ResumableVideo(_Writer):
         """Encode one picture, [height, width, 3] uint8 RGB, at the time of `frame`."""
         self._check(rgb)
         with _explained(self.path, "write"):
+            is_cut = seen.context[-1][1]
+            if self._encoder and self._is_due(is_cut):
+                self._finish()
             if not self._encoder:
                 self._begin()
             assert self._encoder
             self._keep(self._encoder.encode(rgb, frame))
+            self._since_key = 1 if is_cut else self._since_key + 1
             self._seen = seen
-            if seen.number - self.number == self._length:
-                self._finish()
+
+    def _is_due(self, is_cut: bool) -> bool:
+        """Whether the next frame begins a segment."""
+        is_key = is_cut or self._since_key % min(self._length, LENGTH) == 0
+        return is_key and self._seen.number - self.number >= self._length
 
     def _begin(self) -> None:
         # says which kind of packets are wanted; nothing is ever written to it
@@ -458,6 +468,7 @@ class ResumableVideo(_Writer):
             self.path, self._reader, *size, self._container, **self._encoding
         )
         self._file = (self._parts.path / f"{len(self._parts.segments):06d}.packets").open("wb")
+        self._since_key = 0
 
     def _keep(self, packets: list[Any]) -> None:
         for packet in packets:

@@ -112,7 +112,7 @@ def _live(order: dict, watched: str, files: list[Path], infer: Any) -> None:
 def _fail(order: dict, watched: str) -> list[int]:
     """Arrange the faults of an order; returns the number of operations on files, as it grows.
 
-    kill_at: SIGKILL before this operation; signal, after: that signal after so many seconds;
+    kill_at: SIGKILL, or `signal`, before this operation; after: the same after so many seconds;
     largest: bytes of a file; read, encode: the frame at which the disk or the encoder fails.
     """
     import errno
@@ -129,7 +129,7 @@ def _fail(order: dict, watched: str) -> list[int]:
         if event in OPERATIONS and str(arguments[0]).startswith(watched):
             count[0] += 1
             if count[0] == order.get("kill_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, order.get("signal", "SIGKILL")))
 
     sys.addaudithook(watch)
     if "after" in order:
