@@ -276,7 +276,7 @@ def test_stopped_at_random_times(name, clip, weights, runner, whole, tmp_path):
 def test_stopped_by_a_signal(name, clip, weights, runner, whole, tmp_path):
     output = tmp_path / "clip_x4.mp4"
     arguments = command(clip, weights, output)
-    run = runner(*arguments, signal=name, kill_at=30)
+    run = runner(*arguments, signal=name, kill_at=32)
     assert run.code == 1, run.err
     assert "note: 21 frames are kept" in run.err
     assert run.err.splitlines()[-1] == "error: stopped; the same command continues"
