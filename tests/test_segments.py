@@ -589,6 +589,6 @@ def test_memory_is_constant_over_twenty_thousand_frames(weights, tmp_path):
     assert json.loads(process.stdout.read().splitlines()[-1])["frames"] == 20000
     later = np.array([sample for sample in samples if sample[0] >= 10000])
     assert len(later) >= 10
-    slope = np.polyfit(*later.T, 1)[0] * 10000
+    slope = np.polyfit(later[:, 0], later[:, 1], 1)[0] * 10000
     print(f"RSS {later[0, 1]:.0f} to {later[-1, 1]:.0f} MiB, {slope:+.2f} MiB in 10,000 frames")
     assert abs(slope) < 8  # 0.8 kB a frame
