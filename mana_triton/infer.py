@@ -9,9 +9,17 @@ are kept; what the container cannot hold is named. Interlaced video is deinterla
     python -m mana_triton.infer holiday.mp4
     python -m mana_triton.infer holiday.mp4 -o big.mkv --codec libx265 --crf 20 -e preset=slow
     python -m mana_triton.infer frames/ -o clip.mp4 --start 2 --end 10
+    python -m mana_triton.infer holiday.mp4 --preview 120     # one PNG, before hours of work
+    python -m mana_triton.infer holiday.mp4 --benchmark       # time per stage, nothing is written
+
+A long job can be stopped (Ctrl-C, kill, a crash, a full disk): finished segments lie in
+<output>.parts, and the same command continues there. The result is the same as that of a run that
+was not stopped. If the flags that matter, the weights, the input or the software have changed, one
+line says what; --restart begins anew. In a folder of videos a bad one does not stop the rest, and
+a later run leaves alone what is done.
 
 Progress goes to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 1 failed
-(one line says why), 2 wrong usage.
+or stopped (one line says why), 2 wrong usage.
 """
 
 from . import host
@@ -20,30 +28,42 @@ host.tune()  # before torch is imported
 
 import argparse
 import contextlib
+import copy
+import hashlib
 import json
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from . import preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
-from .model import SCALE
+from .model import MANA, SCALE
+from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, in_thread
-from .video import VIDEO_SUFFIXES, Frame, MediaError, open_reader, open_writer
+from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, open_reader
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
+# flags that do not change a frame of the result; all others must stay as they were to continue
+PASSING = ("input", "output", "overwrite", "restart", "preview", "benchmark", "model", "backend")
+# methods that --benchmark times, and what they do
+STAGES = {"read": "decode video", "encode": "features", "fuse": "attention", "decode": "decoder"}
 
 console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -83,6 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--end", type=_seconds, metavar="S", help="stop before this second")
     add("--compare", action="store_true", help="write bicubic and the result side by side")
     add("--overwrite", action="store_true", help="replace an existing output")
+    add("--restart", action="store_true", help="throw the unfinished work of an earlier run away")
+    help_segment = "frames, at least, of a part that survives a stop (default: %(default)s)"
+    add("--segment", type=_frames, default=segments.LENGTH, metavar="N", help=help_segment)
+    only = parser.add_mutually_exclusive_group()
+    help_preview = "write one PNG: frame N (from 0, after --start), bicubic | ours, with details"
+    only.add_argument("--preview", type=_number, metavar="N", help=help_preview)
+    help_benchmark = "decode and compute without writing; print the time per stage"
+    only.add_argument("--benchmark", action="store_true", help=help_benchmark)
     args = parser.parse_args(argv)
     if args.start is not None and args.end is not None and args.start >= args.end:
         parser.error(f"--end must come after --start, got {args.start} and {args.end}")
@@ -96,6 +124,20 @@ def _tile(text: str) -> int | str:
     if tile < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {tile}")
     return tile
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
+    return number
+
+
+def _frames(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def _seconds(text: str) -> float:
@@ -119,74 +161,141 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         MediaError: the input cannot be read or the output not written.
     """
     began = time.perf_counter()
-    chosen = {"stream": args.stream, "limits": not args.no_limits}
-    with open_reader(source, args.start, args.end, **chosen) as reader:
+    with _open(source, args) as reader:
         width, height = SCALE * reader.width, SCALE * reader.height
         sides = 2 if args.compare else 1
         settings = {
             "codec": args.codec, "crf": args.crf, "options": dict(args.options),
-            "overwrite": args.overwrite, "lossless": args.lossless,
+            "lossless": args.lossless, "overwrite": args.overwrite, "restart": args.restart,
+            "length": args.segment, "job": _job(reader, upscaler, args),
         }  # fmt: skip
-        tile, why = upscaler.tile_for(reader.height, reader.width)
-        workers = upscaler.workers_for(reader.height, reader.width)
-        with open_writer(output, reader, sides * width, height, **settings) as writer:
+        writer = open_resumable(output, reader, sides * width, height, **settings)
+        resumed = writer.number
+        with _kept(writer, args.segment), writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
-            console.print(
-                f"{upscaler.description}; "
-                + (f"tiles of {tile} pixels" if tile else "no tiles")
-                + f" ({why}); {workers} frame{'s' * (workers > 1)} at once",
-                markup=False,
-            )
-            shown = _show_notes(reader, writer)
-            frames = 0
+            _describe(reader, upscaler)
+            shown = _show_notes([*reader.notes, *writer.notes])
+            if resumed:
+                console.print(f"continuing after {resumed} frames", markup=False)
             size = (3 if reader.bits <= 8 else 6) * sides * width * height
             ahead = max(min(AHEAD // size, 4), 1)
-            enlarged = in_thread(_enlarged(reader, upscaler, args.compare), ahead)
+            enlarged = in_thread(_enlarged(reader, upscaler, args.compare, writer.done), ahead)
             with (
                 contextlib.closing(enlarged),
-                contextlib.closing(_with_progress(enlarged, reader.frame_count)) as results,
+                contextlib.closing(
+                    _with_progress(enlarged, reader.frame_count, resumed)
+                ) as results,
             ):
-                for rgb, frame in results:
-                    writer.write(rgb, frame)
+                frames = resumed
+                for rgb, frame, seen in results:
+                    writer.write(rgb, frame, seen)
                     frames += 1
-        _show_notes(reader, writer, shown)
+        _show_notes([*reader.notes, *writer.notes], shown)
         if reader.truncated:
             console.print(f"warning: {reader.truncated}", markup=False)
     seconds = time.perf_counter() - began
     return {
         "output": str(output),
         "frames": frames,
+        "resumed": resumed,
         "width": sides * width,
         "height": height,
         "seconds": round(seconds, 3),
-        "ms_per_frame": round(1000 * seconds / max(frames, 1), 2),
-        "tile": tile,
-        "workers": workers,
+        "ms_per_frame": round(1000 * seconds / max(frames - resumed, 1), 2),
+        **_division(reader, upscaler),
     }
 
 
-def _show_notes(reader, writer, shown: Sequence[str] = ()) -> list[str]:
+def _open(source: Path, args: argparse.Namespace) -> Reader:
+    chosen = {"stream": args.stream, "limits": not args.no_limits}
+    return open_reader(source, args.start, args.end, **chosen)
+
+
+def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for unfinished work to continue."""
+    flags = {key: value for key, value in vars(args).items() if key not in PASSING}
+    engine = {
+        "device": upscaler.device.type, "precision": upscaler.precision,
+        "backend": upscaler.backend, "tile": upscaler.tile_for(reader.height, reader.width)[0],
+    }  # fmt: skip
+    return {
+        "settings": flags | engine | {"options": dict(args.options)},
+        "weights": _weights_hash(upscaler.model),
+        "input": segments.input_identity(reader),
+        "software": {"torch": torch.__version__, "av": av.__version__},
+    }
+
+
+def _weights_hash(model: MANA) -> str:
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _kept(writer, length: int) -> Iterator[None]:
+    """If what is done in here fails or is stopped, say what remains of it."""
+    try:
+        yield
+    except BaseException:
+        if writer.number:
+            kept = f"{writer.number} frames are kept; the same command continues there"
+        else:
+            kept = f"nothing is kept, as fewer than the {length} frames of a segment were done"
+        console.print(f"note: {kept}", markup=False)
+        raise
+
+
+def _describe(reader, upscaler: Upscaler) -> None:
+    division = _division(reader, upscaler)
+    tile, workers = division["tile"], division["workers"]
+    why = upscaler.tile_for(reader.height, reader.width)[1]
+    console.print(
+        f"{upscaler.description}; "
+        + (f"tiles of {tile} pixels" if tile else "no tiles")
+        + f" ({why}); {workers} frame{'s' * (workers > 1)} at once",
+        markup=False,
+    )
+
+
+def _division(reader, upscaler: Upscaler) -> dict[str, int]:
+    size = reader.height, reader.width
+    return {"tile": upscaler.tile_for(*size)[0], "workers": upscaler.workers_for(*size)}
+
+
+def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str]:
     """Print the notes that were not shown yet; returns all of them."""
-    notes = [*reader.notes, *writer.notes]
     for note in notes:
         if note not in shown:
             console.print(f"note: {note}", markup=False)
     return notes
 
 
-def _enlarged(reader, upscaler: Upscaler, compare: bool) -> Iterator[tuple[Any, Frame]]:
+def _enlarged(
+    reader, upscaler: Upscaler, compare: bool, done: dict[str, Any] | None
+) -> Iterator[tuple[Any, Frame, Seen]]:
     """Enlarged pictures with the frames they come from; decoding runs in a thread of its own."""
-    waiting: deque[Frame] = deque()
+    trail = Trail(upscaler.reach, done)
+    waiting: deque[tuple[Frame, Seen]] = deque()
+    cuts: deque[bool] = deque()
 
     def pictures(frames: Iterator[Frame]) -> Iterator[np.ndarray]:
         for frame in frames:
-            waiting.append(frame)
+            cut, seen = trail.see(frame)
+            waiting.append((frame, seen))
+            cuts.append(cut)
             yield frame.rgb
 
-    with contextlib.closing(in_thread(reader)) as frames:
-        for rgb in upscaler.stream(pictures(frames)):
-            frame = waiting.popleft()
-            yield (_side_by_side(frame.rgb, rgb) if compare else rgb), frame
+    with contextlib.closing(in_thread(frames_after(reader, done))) as frames:
+        results = upscaler.stream(
+            pictures(frames), first=trail.first, is_cut=lambda _: cuts.popleft()
+        )
+        for number, rgb in enumerate(results):
+            frame, seen = waiting.popleft()
+            if number >= trail.skip:
+                yield (_side_by_side(frame.rgb, rgb) if compare else rgb), frame, seen
 
 
 def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
@@ -201,7 +310,7 @@ def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     return np.concatenate([upscale_bicubic(torch.from_numpy(lr.copy())).numpy(), enlarged], 1)
 
 
-def _with_progress(results: Iterator, total: int | None) -> Generator:
+def _with_progress(results: Iterator, total: int | None, resumed: int = 0) -> Generator:
     """The results, with a bar of frames, frames per second and ETA on stderr."""
     columns = (
         TextColumn("{task.completed} of {task.fields[of]} frames"),
@@ -210,12 +319,12 @@ def _with_progress(results: Iterator, total: int | None) -> Generator:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total, of=total or "?", rate="")
+        task = progress.add_task("", total=total, completed=resumed, of=total or "?", rate="")
         began = time.perf_counter()
         for done, result in enumerate(results, 1):
             yield result
             fps = done / (time.perf_counter() - began)
-            progress.update(task, completed=done, rate=f"{fps:.2f} fps")
+            progress.update(task, completed=resumed + done, rate=f"{fps:.2f} fps")
         # containers only estimate their number of frames
         progress.update(task, total=progress.tasks[task].completed)
 
@@ -236,6 +345,10 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if args.output:
         folder.mkdir(parents=True, exist_ok=True)
     return [(video, folder / _default_output(video, args.codec).name) for video in videos]
+
+
+def _holds_videos(source: Path) -> bool:
+    return source.is_dir() and bool(_videos_in(source))
 
 
 def _videos_in(folder: Path) -> list[Path]:
@@ -274,22 +387,10 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")
-    done, failed = [], []
-    for source, output in jobs:
-        try:
-            done.append(enlarge(source, output, upscaler, args))
-        except MediaError as error:
-            if len(jobs) == 1:
-                raise
-            console.print(f"error: {error}", markup=False)
-            failed.append(str(source))
-    total = {key: sum(result[key] for result in done) for key in ("frames", "seconds")}
-    summary = done[0] if len(jobs) == 1 else {
-        "output": str(args.output or args.input), **total, "files": done, "failed": failed,
-        "width": max((result["width"] for result in done), default=0),
-        "height": max((result["height"] for result in done), default=0),
-        "ms_per_frame": round(1000 * total["seconds"] / max(total["frames"], 1), 2),
-    }  # fmt: skip
+    if len(jobs) == 1 and not _holds_videos(args.input):
+        summary, code = _work(*jobs[0], upscaler, args), 0
+    else:
+        summary, code = _run_folder(jobs, upscaler, args)
     summary |= {
         "peak_mib": _peak_mib(),
         "backend": upscaler.backend,
@@ -297,7 +398,127 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         "precision": upscaler.precision,
         "weights": args.model,
     }
-    return summary, 1 if failed else 0
+    return summary, code
+
+
+def _work(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
+    if args.preview is not None:
+        return _preview(source, output, upscaler, args)
+    return (_benchmark if args.benchmark else enlarge)(source, output, upscaler, args)
+
+
+def _run_folder(
+    jobs: Sequence[tuple[Path, Path]], upscaler: Upscaler, args: argparse.Namespace
+) -> tuple[dict, int]:
+    """Every job in turn; one that fails does not stop the rest."""
+    done, failed, before = [], [], []
+    table = Table("video", "result", "frames", "ms/frame", title=str(args.input))
+    for source, output in jobs:
+        name = escape(source.name)
+        if output.exists() and not args.overwrite and not args.benchmark and args.preview is None:
+            segments.sweep(output)
+            before.append(str(output))
+            table.add_row(name, "done before", "", "")
+            continue
+        try:
+            done.append(_work(source, output, upscaler, args))
+        except MediaError as error:
+            console.print(f"error: {error}", markup=False)
+            failed.append(str(source))
+            table.add_row(name, "[red]failed[/], see above", "", "")
+        else:
+            row = done[-1]
+            result = escape(Path(row["output"]).name) if row["output"] else "timed"
+            table.add_row(name, result, str(row["frames"]), str(row["ms_per_frame"]))
+    console.print(table)
+    total = {key: sum(result[key] for result in done) for key in ("frames", "seconds")}
+    new = total["frames"] - sum(result.get("resumed", 0) for result in done)
+    return {
+        "output": str(args.output or args.input), **total, "files": done, "failed": failed,
+        "done_before": before,
+        "width": max((result["width"] for result in done), default=0),
+        "height": max((result["height"] for result in done), default=0),
+        "ms_per_frame": round(1000 * total["seconds"] / max(new, 1), 2),
+    }, 1 if failed else 0  # fmt: skip
+
+
+def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
+    """One frame as the whole run would show it, beside bicubic."""
+    began = time.perf_counter()
+    picture = output.with_name(f"{output.stem}_preview_{args.preview}.png")
+    if args.output and not _holds_videos(source):
+        picture = args.output
+    if picture.suffix.lower() != ".png":
+        raise MediaError(f"{picture}: must end in .png, as --preview writes one picture")
+    if picture.exists() and not args.overwrite:
+        raise MediaError(f"{picture}: exists; use --overwrite or choose another output")
+    with _open(source, args) as reader:
+        _describe(reader, upscaler)
+        sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
+        _show_notes(reader.notes)
+        preview.save(sheet, picture)
+        console.print(f"{source} frame {args.preview} -> {picture}", markup=False)
+        size = {"width": SCALE * reader.width, "height": SCALE * reader.height}
+        division = _division(reader, upscaler)
+    seconds = time.perf_counter() - began
+    return {
+        "output": str(picture), "frames": 1, **size, "seconds": round(seconds, 3),
+        "ms_per_frame": round(1000 * seconds, 2), **division,
+    }  # fmt: skip
+
+
+def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
+    """Decode and compute as for `output`, write nothing, and time the stages."""
+    clock = _Clock(upscaler.device)
+    model = copy.copy(upscaler.model)
+    for stage in ("encode", "fuse", "decode"):
+        setattr(model, stage, clock.timed(stage, getattr(model, stage)))
+    timed = copy.copy(upscaler)
+    timed.model = model
+    began = time.perf_counter()
+    with _open(source, args) as reader:
+        console.print(f"{source} -> nothing is written", markup=False)
+        _describe(reader, upscaler)
+        frames = iter(reader)
+        read = clock.timed("read", lambda: next(frames, None))
+        with contextlib.closing(in_thread(iter(read, None))) as decoded:
+            results = timed.stream(frame.rgb for frame in decoded)
+            with contextlib.closing(_with_progress(results, reader.frame_count)) as enlarged:
+                count = sum(1 for _ in enlarged)
+        _show_notes(reader.notes)
+        size = {"width": SCALE * reader.width, "height": SCALE * reader.height}
+        division = _division(reader, upscaler)
+    seconds = time.perf_counter() - began
+    stages = {name: round(1000 * clock.seconds[stage] / count, 2) for stage, name in STAGES.items()}
+    table = Table("stage", "ms a frame", title="busy time, summed over threads")
+    for name, ms in stages.items():
+        table.add_row(name, f"{ms:.2f}")
+    table.add_row("all, on the clock", f"{1000 * seconds / count:.2f}")
+    console.print(table)
+    return {
+        "output": None, "frames": count, **size, "seconds": round(seconds, 3),
+        "ms_per_frame": round(1000 * seconds / count, 2), "stages_ms": stages, **division,
+    }  # fmt: skip
+
+
+class _Clock:
+    """Adds up how long functions take, also when they run in several threads."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device, self._lock = device, threading.Lock()
+
+    def timed(self, stage: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            with self._lock:
+                self.seconds[stage] += time.perf_counter() - began
+            return result
+
+        return run
 
 
 def _peak_mib() -> float | None:
@@ -328,7 +549,7 @@ def main() -> None:
         sys.exit("error: the memory is too small for this frame size; use a smaller -t, as -t 64")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not disturb the clean-up
-        sys.exit("error: stopped; the unfinished output was removed")
+        sys.exit("error: stopped; the same command continues")
     print(json.dumps(summary))
     sys.exit(code)
 

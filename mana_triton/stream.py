@@ -152,12 +152,23 @@ class Upscaler:
             f"{self.device.type}, {self.precision} ({why}), attention by {self.backend} ({reason})"
         )
 
-    def stream(self, frames: Iterable[Picture]) -> Iterator[Picture]:
+    def stream(
+        self,
+        frames: Iterable[Picture],
+        *,
+        first: int = 0,
+        is_cut: Callable[[Picture], bool] | None = None,
+    ) -> Iterator[Picture]:
         """Enlarge frames one after the other; memory does not grow with their number.
 
         Args:
             frames: arrays [H, W, 3] uint8 or uint16 (0 .. 65535) or tensors [3, H, W] in [0, 1],
                 all of one size.
+            first: number of the first frame, where an interrupted stream is continued: given the
+                frames from `reach` before on, and the same cuts, the results are the same, bit by
+                bit, from the frame after those on.
+            is_cut: whether a frame begins a new scene, asked once for each in order; None: a
+                CutDetector's opinion, or never if there are to be no scene cuts.
 
         Yields:
             For each frame, in order, its enlargement in the type it was given.
@@ -166,14 +177,20 @@ class Upscaler:
             ValueError: a frame of another kind or size.
         """
         frames = iter(frames)
-        if (first := next(frames, None)) is None:
+        if (head := next(frames, None)) is None:
             return
-        workers = self.workers_for(*_to_tensor(first).shape[1:])
-        windows = self._windows(chain([first], frames), shared=workers > 1)
+        workers = self.workers_for(*_to_tensor(head).shape[1:])
+        numbered = enumerate(chain([head], frames), first)
+        windows = self._windows(numbered, is_cut or self._cuts(), shared=workers > 1)
         if workers > 1:
             yield from side_by_side(self._enlarge, windows, workers)
         else:
             yield from map(self._enlarge, windows)
+
+    @property
+    def reach(self) -> int:
+        """How many frames before and after it a frame is enlarged with."""
+        return self.model.config.frames // 2
 
     def workers_for(self, height: int, width: int) -> int:
         """How many frames of this size are enlarged side by side."""
@@ -198,16 +215,23 @@ class Upscaler:
         pixel = (4 + 8 + 16) * self.model.config.channels * DTYPES[self.precision].itemsize
         return height * width * pixel
 
-    def _windows(self, frames: Iterator[Picture], shared: bool) -> Iterator[_Window]:
+    def _cuts(self) -> Callable[[Picture], bool]:
+        return CutDetector().is_cut if self.scene_cuts else lambda _: False
+
+    def _windows(
+        self,
+        frames: Iterator[tuple[int, Picture]],
+        is_cut: Callable[[Picture], bool],
+        shared: bool,
+    ) -> Iterator[_Window]:
         """One window for each frame; `shared` ones outlive the next."""
-        reach = self.model.config.frames // 2
         keys = _Keys(self.model.config.frames)
         waiting: deque[_Encoded] = deque()
-        for encoded, features in self._encode(frames):
+        for encoded, features in self._encode(frames, is_cut):
             keys.put(encoded.number, features)
             waiting.append(encoded)
             del features  # the copy in keys is enough
-            if len(waiting) > reach:
+            if len(waiting) > self.reach:
                 yield self._window(waiting, keys, shared)
         while waiting:
             yield self._window(waiting, keys, shared)
@@ -217,18 +241,17 @@ class Upscaler:
         """The window of the first of the frames that wait, which leaves them."""
         end = max(e.number for e in waiting if e.scene == waiting[0].scene)
         center = waiting.popleft()
-        reach = self.model.config.frames // 2
-        around = range(center.number - reach, center.number + reach + 1)
+        around = range(center.number - self.reach, center.number + self.reach + 1)
         k, v, order = keys.window([mirror(i, center.scene, end) for i in around])
         return _Window(center, k.clone() if shared else k, v.clone() if shared else v, order)
 
-    def _encode(self, frames: Iterator[Picture]) -> Iterator[tuple[_Encoded, Features]]:
-        detector = CutDetector()
-        number = scene = 0
-        size = None
+    def _encode(
+        self, frames: Iterator[tuple[int, Picture]], is_cut: Callable[[Picture], bool]
+    ) -> Iterator[tuple[_Encoded, Features]]:
+        size = scene = None
         while chunk := list(islice(frames, self.chunk)):
-            lr = [_to_tensor(frame) for frame in chunk]
-            for i, x in enumerate(lr, number):
+            lr = [_to_tensor(frame) for _, frame in chunk]
+            for (i, _), x in zip(chunk, lr, strict=True):
                 size = size or x.shape
                 if x.shape != size:
                     raise ValueError(
@@ -237,12 +260,11 @@ class Upscaler:
                     )
             stacked = torch.stack(lr).to(self.device)
             features = deque(self._features(stacked))
-            for frame, x in zip(chunk, stacked, strict=True):
-                if self.scene_cuts and detector.is_cut(frame):
+            for (number, frame), x in zip(chunk, stacked, strict=True):
+                if is_cut(frame) or scene is None:
                     scene = number
                 encoded = _Encoded(frame, x[None], features[0].f, number, scene)
                 yield encoded, features.popleft()  # none stays here: it is large
-                number += 1
 
     @_plain
     def _features(self, lr: Tensor) -> list[Features]:

@@ -19,6 +19,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from typing import Any, Self, cast
 import av
 import av.filter
 import numpy as np
+import torch
 from av import logging
 from av.codec.codec import UnknownCodecError, find_best_pix_fmt_of_list
 from av.error import FFmpegError, InvalidDataError
@@ -49,6 +52,7 @@ MAX_STREAMS = 100
 ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
 
 _MP4_LIKE = (".mp4", ".m4v", ".mov")
+_CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
 _ENCODER_MEMORY = 256 * 2**20  # bytes of waiting frames that x264 or x265 may hold
 # frames that they look ahead by preset; slower ones than these look further than medium
 _LOOKAHEAD = {
@@ -64,6 +68,9 @@ _LOSSLESS = {
     "h264_nvenc": ("h264_nvenc", "yuv444p", None, "", {"tune": "lossless"}),
     "hevc_nvenc": ("hevc_nvenc", "yuv444p", "hevc_nvenc", "yuv444p16le", {"tune": "lossless"}),
 }
+# x264's functions for AVX-512 give other packets from run to run (13 kinds in 200 runs over the
+# same six frames, with one thread as with four); with these instructions it never did
+_REPEATABLE = "asm=MMX2,SSE2,SSSE3,SSE4.2,LZCNT,AVX,FMA3,BMI1,BMI2,AVX2"
 # subtitles as text, in the words of each kind of container
 _SUBTITLES = {
     ".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".mkv": "subrip", ".webm": "webvtt",
@@ -137,6 +144,17 @@ def _reason(error: OSError | FFmpegError) -> str:
         errno.EFBIG: "disk full or file too large; write elsewhere",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exact(seconds: float) -> Fraction:
@@ -342,9 +360,16 @@ class VideoReader(_Reader):
         said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None
         return said[1] if said else "left"
 
-    def _in_range(self) -> Iterator[_Timed]:
-        frames, start = self._progressive(), self._origin + _exact(self.start or 0)
-        if self.start:
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        self._container.close()
+        self._open()
+        self._frames = self._in_range(None if pts is None else pts * self.time_base)
+
+    def _in_range(self, begin: Fraction | None = None) -> Iterator[_Timed]:
+        frames = self._progressive()
+        start = self._origin + _exact(self.start or 0) if begin is None else begin
+        if (self.start or begin is not None) and self._container.format.name not in _CHAINED:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
                 self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
@@ -364,16 +389,18 @@ class VideoReader(_Reader):
                 yield frame
 
     def _progressive(self) -> Iterator[_Timed]:
-        """All frames from here on, deinterlaced from the first interlaced one."""
+        """All frames from here on, the interlaced ones deinterlaced."""
         graph: _Deinterlacer | None = None
+        last: _Timed = None
         for frame in self._decoded():
             if graph and not graph.takes(frame):
                 yield from graph.push(None)
                 graph = None
             if graph is None and frame.interlaced_frame and min(frame.width, frame.height) >= 16:
                 self._note("the video is interlaced; deinterlaced by bwdif, frame by frame")
-                graph = _Deinterlacer(frame, self.time_base)
+                graph = _Deinterlacer(frame, self.time_base, last)
             yield from graph.push(frame) if graph else [frame]
+            last = frame
         if graph:
             yield from graph.push(None)
 
@@ -465,20 +492,30 @@ def _light_level(data: bytes) -> tuple[int, int] | None:
 
 
 class _Deinterlacer:
-    """FFmpeg's bwdif: one progressive frame for each frame; progressive ones pass unchanged."""
+    """FFmpeg's bwdif: one progressive frame for each frame; progressive ones pass unchanged.
 
-    def __init__(self, frame: _Timed, time_base: Fraction):
+    A frame depends on itself and its two neighbors alone, so that decoding may begin anywhere:
+    the filter is given all frames as interlaced ones, and `before`, if there was a frame of that
+    kind before the first. Left to skip the progressive ones, it would treat an interlaced one after
+    them otherwise at the start of a file than in its middle.
+    """
+
+    def __init__(self, frame: _Timed, time_base: Fraction, before: _Timed):
         self._kind, self._time_base = (frame.width, frame.height, frame.format.name), time_base
         self._graph = av.filter.Graph()
         width, height, form = self._kind
         source = self._graph.add_buffer(
             width=width, height=height, format=form, time_base=time_base
         )
-        bwdif = self._graph.add("bwdif", "mode=send_frame:deint=interlaced")
+        bwdif = self._graph.add("bwdif", "mode=send_frame:deint=all")
         sink = self._graph.add("buffersink")
         source.link_to(bwdif)
         bwdif.link_to(sink)
         self._graph.configure()
+        self._held: deque[_Timed] = deque()  # frames in the filter; None where it is in no result
+        if before is not None and self.takes(before):
+            self._graph.vpush(before)
+            self._held.append(None)
 
     def takes(self, frame: _Timed) -> bool:
         return (frame.width, frame.height, frame.format.name) == self._kind
@@ -486,14 +523,20 @@ class _Deinterlacer:
     def push(self, frame: _Timed) -> Iterator[_Timed]:
         """Put in one frame, None at the end, and take out what is ready."""
         self._graph.vpush(frame)
+        if frame is not None:
+            self._held.append(frame)
         while True:
             try:
                 done: _Timed = self._graph.vpull()
             except (BlockingIOError, EOFError):
                 return
-            ratio = done.time_base / self._time_base
-            done.pts, done.duration = round(done.pts * ratio), round(done.duration * ratio)
-            done.time_base = self._time_base
+            held = self._held.popleft()
+            if held is None:
+                continue
+            if not held.interlaced_frame:
+                yield held
+                continue
+            done.pts, done.duration, done.time_base = held.pts, held.duration, self._time_base
             yield done
 
 
@@ -667,6 +710,8 @@ class _Copier:
 class _Writer:
     """What both kinds of writer share: checks, the temporary name and the context manager."""
 
+    notes: list[str]
+
     def __init__(self, path: str | Path, reader: "Reader", width: int, height: int):
         self.path, self.notes = Path(path), []
         self.suffix = self.path.suffix.lower()
@@ -676,8 +721,8 @@ class _Writer:
         if line not in self.notes:
             self.notes.append(line)
 
-    def _claim(self, overwrite: bool) -> Path:
-        """A hidden name beside the output's, after checking that the output may be written."""
+    def _claim(self, overwrite: bool, part: Path | None = None) -> Path:
+        """The name while it grows, after checking that the output may be written."""
         path = self.path
         if path.is_symlink():
             raise MediaError(f"{path}: is a symbolic link; give the file's own name")
@@ -688,7 +733,8 @@ class _Writer:
                 raise MediaError(f"{path}: exists; use --overwrite or choose another output")
         if not path.parent.is_dir():
             raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
-        return path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
+        hidden = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
+        return part or hidden
 
     def _check(self, rgb: np.ndarray) -> None:
         if rgb.shape != (self.height, self.width, 3) or rgb.dtype not in (np.uint8, np.uint16):
@@ -715,84 +761,49 @@ class _Writer:
             self.abort()
 
 
-class VideoWriter(_Writer):
-    """Encodes frames; copies everything else of the reader's file beside them.
+class VideoEncoder:
+    """Turns pictures into the packets of one video stream, which starts with a key frame.
 
     Args:
-        path: output; its suffix chooses the container.
-        reader: where the frames come from: timestamps, colors, rotation, audio, tags.
-        width, height: of the frames to be written, pixels.
-        codec: FFmpeg encoder.
-        crf: constant quality, for encoders that have it; None for their default.
-        options: further encoder options; "pix_fmt" is taken as the argument of that name.
-        overwrite: replace an existing output.
-        pix_fmt: None means yuv420p with the input's bits, or what the encoder has closest to it.
-        lossless: keep every bit of the pictures, by what the encoder has for that.
+        path, reader, width, height: as of VideoWriter.
+        container: gets the stream; no packet is written into it here.
+        codec, crf, options, pix_fmt, lossless: as of VideoWriter.
+        after: `tick` of the encoder of the frames before the first one here, -1 if there are none.
 
     Attributes:
+        stream: of the container.
+        headers: what the encoder says about its stream beside the packets.
+        time_base: of the packets' times, in seconds.
+        tick: time of the last frame of an avi, whose frames must not share one.
         notes: lines the user should see.
-
-    Raises:
-        MediaError: the output cannot be written as asked; nothing is left behind.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: Path,
         reader: "Reader",
         width: int,
         height: int,
+        container: Any,
         *,
         codec: str = "libx264",
         crf: float | None = 18,
         options: Mapping[str, str] | None = None,
-        overwrite: bool = False,
         pix_fmt: str | None = None,
         lossless: bool = False,
+        after: int = -1,
     ):
-        super().__init__(path, reader, width, height)
-        self._copier: _Copier | None = None
-        self._time_base = 1 / reader.rate if self.suffix == ".avi" else reader.time_base
-        self._last = -1  # tick of the last frame of an avi
+        self.path, self.suffix, self.notes = path, path.suffix.lower(), []
+        self.width, self.height, self._reader, self._container = width, height, reader, container
+        self.time_base = 1 / reader.rate if self.suffix == ".avi" else reader.time_base
+        self.tick = after
         self._durations: dict[int, int] = {}  # by pts, of the frames the encoder holds
-        self._finished = False
-        if self.suffix not in VIDEO_SUFFIXES:
-            known = " ".join(VIDEO_SUFFIXES)
-            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
-        if self.path.is_dir():
-            raise MediaError(f"{path}: is a folder; give a file name")
-        self._part = self._claim(overwrite)
         options = {key: str(value) for key, value in (options or {}).items()}
         pix_fmt = options.pop("pix_fmt", pix_fmt)
         if lossless:
             codec, crf, options, pix_fmt = self._without_loss(codec, options, pix_fmt)
-        self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
-        try:
-            with _explained(self.path, "write"):
-                self._open(codec, crf, options, pix_fmt)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _open(self, codec: str, crf: float | None, options: dict, pix_fmt: str | None) -> None:
-        reader = self._reader
-        if self.suffix == ".avi":
-            self.notes.append("avi has no start times: sound may be off by up to a frame")
-        if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
-            ticks = str(max(1000, reader.time_base.denominator))
-            self._container.container_options["movie_timescale"] = ticks
-        self._stream = self._add_video(codec, crf, options, pix_fmt)
-        if isinstance(reader, VideoReader):
-            if reader.display_matrix and self.suffix in (".avi", ".ts"):
-                self.notes.append(f"{self.suffix} files cannot hold rotation")
-            if reader.display_matrix:  # before the header; its translation is in pixels
-                matrix = list(reader.display_matrix)
-                limit = 2**31 - 1  # which only a damaged file's numbers exceed
-                matrix[6] = min(max(matrix[6] * self.width // reader.width, -limit), limit)
-                matrix[7] = min(max(matrix[7] * self.height // reader.height, -limit), limit)
-                self._stream.set_display_matrix(matrix)
-            self._copier = _Copier(reader, self)
-        self._container.start_encoding()
+        self.stream = self._add_video(codec, crf, options, pix_fmt)
+        self.headers = bytes(self.stream.codec_context.extradata or b"")
 
     def _add_video(
         self, codec: str, crf: float | None, options: dict, pix_fmt: str | None
@@ -813,7 +824,7 @@ class VideoWriter(_Writer):
         self._choose_format(encoder, pix_fmt)
         color, context = self._reader.color, stream.codec_context
         context.width, context.height, context.pix_fmt = self.width, self.height, self._format.name
-        context.time_base = stream.time_base = self._time_base
+        context.time_base = stream.time_base = self.time_base
         context.colorspace = 0 if self._format.is_rgb else color.matrix
         context.color_range = self._range
         context.color_primaries, context.color_trc = color.primaries, color.transfer
@@ -899,14 +910,14 @@ class VideoWriter(_Writer):
                 options = {"crf": f"{crf:g}"} | options
             elif codec.lossy:
                 self.notes.append(f"{codec.name} has no crf; it encodes at its default quality")
+        given = " ".join(f"{key}={value}" for key, value in options.items())
         context.options = self._bounded(context, options)
-        given = (f"{k}={v}" for k, v in context.options.items() if k != "chroma_sample_location")
         try:
             context.open()
         except FFmpegError as error:
             raise MediaError(
                 f"{codec.name} refuses {self.width}x{self.height} {self._format.name}"
-                f" {' '.join(given)}: {_reason(error)}; choose other options or another --codec"
+                f" {given}: {_reason(error)}; choose other options or another --codec"
             ) from error
         if unused := ", ".join(context.options):
             raise MediaError(
@@ -914,7 +925,7 @@ class VideoWriter(_Writer):
             )
 
     def _bounded(self, context: av.VideoCodecContext, options: dict[str, str]) -> dict[str, str]:
-        """The options with a bound on the frames that x264 and x265 hold, and with quiet logs."""
+        """The options with a bound on the frames that x264 and x265 hold; quiet, and repeatable."""
         name, params = context.codec.name, options.get("x265-params", "")
         # measured with x264: 1.5 bytes a pixel for each thread, 3.5 for each frame looked ahead
         room = _ENCODER_MEMORY / (self.width * self.height)
@@ -935,6 +946,9 @@ class VideoWriter(_Writer):
         if name == "libx264":
             if "threads" not in options:
                 context.thread_count = threads
+            given = options.get("x264-params", "")
+            if torch.backends.cpu.get_cpu_capability() == "AVX512" and "asm=" not in given:
+                options = options | {"x264-params": ":".join(filter(None, (_REPEATABLE, given)))}
             return options | tight
         if name == "libx265":
             parts = ["log-level=error", f"rc-lookahead={depth}" if bounded else "", params]
@@ -943,57 +957,171 @@ class VideoWriter(_Writer):
             os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
         return options
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> None:
-        """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
-        self._check(rgb)
+    def encode(self, rgb: np.ndarray, frame: Frame) -> list[_Timed]:
+        """Take one picture, at the time of `frame`; returns the packets that are ready."""
         if frame.alpha is not None:
             self._note("transparency is dropped; write a folder of PNG files to keep it")
         full = self._range == ColorRange.JPEG
         picture: _Timed = colors.from_rgb(rgb, self._format.name, self._reader.color, full)
-        pts = frame.pts - int(self._reader.offset / frame.time_base)
-        picture.pts, picture.duration = self._timed(pts, frame)
-        picture.time_base = self._time_base
+        picture.pts, picture.duration = self._time_of(frame)
+        picture.time_base = self.time_base
         self._durations[picture.pts] = picture.duration
-        context = self._stream.codec_context  # ProRes takes these from its frames
+        context = self.stream.codec_context  # ProRes takes these from its frames
         picture.colorspace, picture.color_range = context.colorspace, context.color_range
         picture.color_primaries, picture.color_trc = context.color_primaries, context.color_trc
-        with _explained(self.path, "write"):
-            if self._copier:
-                self._copier.until(frame.pts * frame.time_base)
-            self._mux(self._stream.encode(picture))
+        return self._timed(self.stream.encode(picture))
 
-    def _timed(self, pts: int, frame: Frame) -> tuple[int, int]:
+    def finish(self) -> list[_Timed]:
+        """The packets of the pictures that the encoder still holds."""
+        return self._timed(self.stream.encode(None))
+
+    def _time_of(self, frame: Frame) -> tuple[int, int]:
         """Time and duration in ticks of the output; avi only has one tick for each frame."""
+        pts = frame.pts - int(self._reader.offset / frame.time_base)
         if self.suffix != ".avi":
             return pts, frame.duration
         exact = pts * frame.time_base * self._reader.rate
-        tick = max(round(exact), self._last + 1)
+        tick = max(round(exact), self.tick + 1)
         if abs(tick - exact) > Fraction(1, 10):
             self._note("avi holds a constant frame rate only; the times of frames are rounded")
-        self._last = tick
+        self.tick = tick
         return tick, 1
 
-    def _mux(self, packets: list[_Timed]) -> None:
+    def _timed(self, packets: list[_Timed]) -> list[_Timed]:
         for packet in packets:
             packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
+        return packets
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+class VideoWriter(_Writer):
+    """Encodes frames; copies everything else of the reader's file beside them.
+
+    Args:
+        path: output; its suffix chooses the container.
+        reader: where the frames come from: timestamps, colors, rotation, audio, tags.
+        width, height: of the frames to be written, pixels.
+        overwrite: replace an existing output.
+        part: name of the file while it grows, on the disk of `path`; None: a hidden one beside.
+        encoding: codec: FFmpeg encoder; crf: constant quality, for encoders that have it, None for
+            their default; options: further encoder options, where "pix_fmt" is taken as the
+            argument of that name; pix_fmt: None means yuv420p with the input's bits, or what the
+            encoder has closest to it; lossless: keep every bit of the pictures, by what the
+            encoder has for that.
+
+    Attributes:
+        time_base, headers: of the encoder, see VideoEncoder.
+        notes: lines the user should see.
+
+    Raises:
+        MediaError: the output cannot be written as asked; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        reader: "Reader",
+        width: int,
+        height: int,
+        *,
+        overwrite: bool = False,
+        part: Path | None = None,
+        **encoding: Any,
+    ):
+        super().__init__(path, reader, width, height)
+        self._copier: _Copier | None = None
+        self._encoded = self._completed = self._finished = False
+        if self.suffix not in VIDEO_SUFFIXES:
+            known = " ".join(VIDEO_SUFFIXES)
+            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
+        if self.path.is_dir():
+            raise MediaError(f"{path}: is a folder; give a file name")
+        self._part = self._claim(overwrite, part)
+        self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
+        try:
+            with _explained(self.path, "write"):
+                self._open(encoding)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, encoding: dict[str, Any]) -> None:
+        reader = self._reader
+        if self.suffix in _MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
+            ticks = str(max(1000, reader.time_base.denominator))
+            self._container.container_options["movie_timescale"] = ticks
+        size = self.width, self.height
+        self._encoder = VideoEncoder(self.path, reader, *size, self._container, **encoding)
+        self._stream, self.headers = self._encoder.stream, self._encoder.headers
+        self.time_base = self._encoder.time_base
+        self.notes = self._encoder.notes  # one list, as both go on adding to it
+        if self.suffix == ".avi":
+            self.notes.append("avi has no start times: sound may be off by up to a frame")
+        if isinstance(reader, VideoReader):
+            if reader.display_matrix and self.suffix in (".avi", ".ts"):
+                self.notes.append(f"{self.suffix} files cannot hold rotation")
+            if reader.display_matrix:  # before the header; its translation is in pixels
+                matrix = list(reader.display_matrix)
+                limit = 2**31 - 1  # which only a damaged file's numbers exceed
+                matrix[6] = min(max(matrix[6] * self.width // reader.width, -limit), limit)
+                matrix[7] = min(max(matrix[7] * self.height // reader.height, -limit), limit)
+                self._stream.set_display_matrix(matrix)
+            self._copier = _Copier(reader, self)
+        self._container.start_encoding()
+
+    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+        """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
+        self._check(rgb)
+        self._encoded = True
+        with _explained(self.path, "write"):
+            if self._copier:
+                self._copier.until(frame.pts * frame.time_base)
+            for packet in self._encoder.encode(rgb, frame):
+                self._container.mux_one(packet)
+
+    def put(self, packet: _Timed) -> None:
+        """Write a packet that an encoder with the same settings made; no `write` beside it."""
+        with _explained(self.path, "write"):
+            if self._copier:
+                self._copier.until(packet.dts * packet.time_base + self._reader.offset)
+            packet.stream = self._stream
             self._container.mux_one(packet)
 
-    def close(self) -> None:
-        """Finish the file and give it its name."""
-        if self._finished:
+    def complete(self) -> None:
+        """Finish the file, under the name it grew with, and make sure that it is on the disk."""
+        if self._completed or self._finished:
             return
         try:
             with _explained(self.path, "write"):
-                self._mux(self._stream.encode(None))
+                if self._encoded:
+                    for packet in self._encoder.finish():
+                        self._container.mux_one(packet)
                 if self._copier:
                     self._copier.until(None)
                     self._copier.close()
                 self._container.close()
+                sync(self._part)
+        except BaseException:
+            self.abort()
+            raise
+        self._completed = True
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        self.complete()
+        if self._finished:
+            return
+        try:
+            with _explained(self.path, "write"):
                 self._part.replace(self.path)
         except BaseException:
             self.abort()
             raise
         self._finished = True
+        sync(self.path.parent)
 
     def abort(self) -> None:
         """Delete what was written so far; nothing to do after close."""
@@ -1064,7 +1192,7 @@ class ImageFolderReader(_Reader):
         self.files = self.files[first:last]
         if not self.files:
             raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
-        self.frame_count = len(self.files)
+        self.frame_count, self._first = len(self.files), 0
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         with _explained(self.files[0], "read the picture"):
@@ -1081,8 +1209,12 @@ class ImageFolderReader(_Reader):
                     f" {self.width}x{self.height}; all pictures must have one size"
                 )
 
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first one."""
+        self._first = pts or 0
+
     def __iter__(self) -> Iterator[Frame]:
-        for index, file in enumerate(self.files):
+        for index, file in enumerate(self.files[self._first :], self._first):
             with _explained(file, "read the picture"):
                 rgb, alpha = images.read_picture(file)
             yield Frame(rgb, index, self.time_base, 1, file.stem, alpha)
@@ -1099,7 +1231,8 @@ class ImageFolderWriter(_Writer):
 
     Pictures have the bits of the input; transparency is enlarged by bicubic interpolation.
 
-    Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...
+    Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...;
+    `part` may be a folder that holds the first `count` of them.
     """
 
     def __init__(
@@ -1110,9 +1243,11 @@ class ImageFolderWriter(_Writer):
         height: int,
         *,
         overwrite: bool = False,
+        part: Path | None = None,
+        count: int = 0,
     ):
         super().__init__(path, reader, width, height)
-        self._count = 0
+        self._count = count
         if self.path.is_file():
             raise MediaError(f"{path}: is a file; give a folder or a video file name")
         if self.path.is_dir() and any(file.suffix != ".png" for file in self.path.iterdir()):
@@ -1121,11 +1256,11 @@ class ImageFolderWriter(_Writer):
         for one, next_one in itertools.pairwise(stems):
             if one == next_one:
                 raise MediaError(f"{reader.path}: two pictures are called '{one}'; rename one")
-        self._part = self._claim(overwrite)
+        self._part = self._claim(overwrite, part)
         with _explained(self.path, "write"):
-            self._part.mkdir()
+            self._part.mkdir(exist_ok=part is not None)
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> None:
+    def write(self, rgb: np.ndarray, frame: Frame) -> Path:
         """Write one picture, [height, width, 3] RGB, under the name of `frame`."""
         self._check(rgb)
         alpha = frame.alpha
@@ -1135,6 +1270,7 @@ class ImageFolderWriter(_Writer):
         self._count += 1
         with _explained(self.path, "write"):
             images.write_picture(self._part / f"{name}.png", rgb, alpha)
+        return self._part / f"{name}.png"
 
     def _enlarged(self, alpha: np.ndarray) -> np.ndarray | None:
         height, width = alpha.shape
@@ -1183,10 +1319,15 @@ class AnimationReader(_Reader):
             self.width, self.height = images.picture_size(self.path)
         if limits:
             _check_size(self.path, self.width, self.height)
+        self._first = 1000 * self.offset
         first = next(iter(self), None)
         if first is None:
             raise MediaError(f"{path}: no frame from {start or 0} s to {end or 'the end'}")
         self.rate = Fraction(1000, first.duration or 40)
+
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        self._first = 1000 * self.offset if pts is None else pts
 
     def __iter__(self) -> Iterator[Frame]:
         pts, stop = 0, None if self.end is None else 1000 * _exact(self.end)
@@ -1194,7 +1335,7 @@ class AnimationReader(_Reader):
             for rgb, alpha, duration in images.read_animation(self.path):
                 if stop is not None and pts >= stop:
                     return
-                if pts >= 1000 * self.offset:
+                if pts >= self._first:
                     yield Frame(rgb, pts, self.time_base, duration, alpha=alpha)
                 pts += duration or 40
 

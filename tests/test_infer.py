@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mana_triton import checkpoint, infer, stream
+from mana_triton import checkpoint, infer, preview, stream
 from mana_triton.infer import parse_args, plan
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.segments import open_resumable
 from mana_triton.stream import upscale
-from mana_triton.video import open_reader, open_writer
+from mana_triton.video import open_reader
 
 ROOT = Path(__file__).parents[1]
 CONFIG = MANAConfig(
@@ -356,6 +357,9 @@ def video_packets(path: Path) -> list[bytes]:
         (["x.mp4", "-e", "=slow"], "argument -e: must be KEY=VALUE, got '=slow'"),
         (["x.mp4", "--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
         (["x.mp4", "--device", "toaster"], "--device: invalid choice: 'toaster'"),
+        (["x.mp4", "--segment", "0"], "--segment: must be 1 or more, got 0"),
+        (["x.mp4", "--preview", "-1"], "--preview: must be 0 or more, got -1"),
+        (["x.mp4", "--preview", "1", "--benchmark"], "not allowed with argument --preview"),
         (["x.mp4", "--faster"], "unrecognized arguments: --faster"),
         (["x.mp4", "y.mp4"], "unrecognized arguments: y.mp4"),
     ],
@@ -527,31 +531,140 @@ def test_a_folder_of_videos_to_another_folder(cli, tmp_path):
     assert not (tmp_path / "one.mp4").exists()
 
 
+def test_a_folder_of_videos_skips_what_is_done(cli, tmp_path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(folder / name, 3)
+    (folder / "bad.mp4").write_text("not a video")
+    assert cli(folder, *FAST)[0] == 1
+    done = (folder / "a_x4.mp4").read_bytes()
+    (folder / "b_x4.mp4").unlink()
+    code, summary, stderr = cli(folder, *FAST)
+    assert code == 1
+    assert summary["done_before"] == [str(folder / "a_x4.mp4")]
+    assert [file["output"] for file in summary["files"]] == [str(folder / "b_x4.mp4")]
+    assert summary["failed"] == [str(folder / "bad.mp4")]
+    assert (folder / "a_x4.mp4").read_bytes() == done
+    table = [line for line in stderr.splitlines() if "│" in line]
+    assert [line.split("│")[1].strip() for line in table] == ["a.mp4", "b.mp4", "bad.mp4"]
+    assert ["done before" in table[0], "b_x4.mp4" in table[1], "failed" in table[2]] == [True] * 3
+    (folder / "bad.mp4").unlink()
+    code, summary, _ = cli(folder, *FAST)
+    assert (code, len(summary["done_before"]), summary["frames"]) == (0, 2, 0)
+    assert summary.keys() >= KEYS
+
+
+# before hours of work
+
+
+@pytest.mark.parametrize("number", [0, 9, 12, 29])
+def test_preview_is_a_frame_of_the_whole_run(number, weights, tmp_path, cli):
+    """The windows are those of the whole run, also beside a cut and at the ends."""
+    rng = np.random.default_rng(0)
+    scenes = [rng.integers(0, 256, (16, 20, 3), np.uint8) for _ in range(3)]
+    pictures = [np.roll(scenes[i // 10], i, axis=1) for i in range(30)]
+    lossless = {"preset": "ultrafast", "qp": "0"}
+    clip = media.write_video(tmp_path / "clip.mkv", pictures, options=lossless)
+    expected = list(upscale(read_all(clip), weights))[number]
+    with open_reader(clip) as reader:
+        lr, shown = preview.enlarged_frame(reader, stream.Upscaler(weights), number)
+    assert np.array_equal(lr, read_all(clip)[number])
+    assert np.array_equal(shown, expected)
+    code, summary, _ = cli(clip, "--preview", number)
+    output = tmp_path / f"clip_x4_preview_{number}.png"
+    assert (code, summary["output"], summary["frames"]) == (0, str(output), 1)
+    assert set(tmp_path.iterdir()) == {clip, output}
+    sheet = np.asarray(Image.open(output))
+    # the zoomed crops, pixel by pixel as they are in the picture
+    side = max(min(*lr.shape[:2], 16), 1)
+    ((y, x),) = preview.detailed(lr, side, 1)
+    zoom = -(-preview.ZOOMED // (4 * side))
+    crop = expected[4 * y : 4 * (y + side), 4 * x : 4 * (x + side)]
+    square = crop.repeat(zoom, 0).repeat(zoom, 1)[4:-4, 4:-4]  # without its colored edge
+    left = 2 * preview.GAP + 3 * (square.shape[0] + 8) + 2 * preview.GAP + 4
+    bottom = sheet.shape[0] - preview.GAP - 4
+    found = sheet[bottom - square.shape[0] : bottom, left : left + square.shape[1]]
+    assert np.array_equal(found, square)
+
+
+def test_detail_is_where_it_is():
+    rgb = np.full((60, 90, 3), 128, np.uint8)
+    rng = np.random.default_rng(0)
+    rgb[30:46, 50:66] = rng.integers(0, 256, (16, 16, 3))
+    rgb[2:18, 4:20] = rng.integers(96, 160, (16, 16, 3))
+    first, second, third = preview.detailed(rgb, 16, 3)
+    assert np.abs(np.subtract(first, (30, 50))).max() <= 1
+    assert np.abs(np.subtract(second, (2, 4))).max() <= 1
+    for one, other in itertools.combinations((first, second, third), 2):
+        assert np.abs(np.subtract(one, other)).max() >= 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preview", "5"], "{}/clip.mp4: has 5 frames, numbered from 0; there is no 5"),
+        (["--preview", "1", "-o", "{}/x.mp4"], "{}/x.mp4: must end in .png, as --preview writes"),
+        (["--preview", "1", "-o", "{}/old.png"], "{}/old.png: exists; use --overwrite"),
+    ],
+)
+def test_impossible_previews(arguments, message, clip, cli, tmp_path):
+    (tmp_path / "old.png").write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    code, _, stderr = cli(clip, *(argument.format(tmp_path) for argument in arguments))
+    assert code == 1
+    assert errors(stderr)[0].startswith("error: " + message.format(*[tmp_path] * 2))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_benchmark_writes_nothing(clip, cli, tmp_path):
+    code, summary, stderr = cli(clip, "--benchmark")
+    assert code == 0
+    assert summary.keys() >= KEYS
+    assert (summary["output"], summary["frames"]) == (None, 5)
+    stages = summary["stages_ms"]
+    assert set(stages) == set(infer.STAGES.values())
+    assert all(ms > 0 for ms in stages.values())
+    assert sum(stages.values()) < summary["workers"] * summary["ms_per_frame"] * 2
+    assert all(name in stderr for name in stages)
+    assert list(tmp_path.iterdir()) == [clip]
+
+
 # Ctrl-C
 
 
-@pytest.mark.parametrize("output", ["out.mp4", "shots"])
-def test_interruption_cleans_up(output, cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("output", "kept"), [("out.mp4", 4), ("shots", 4), ("one.mp4", 0)])
+def test_interruption_keeps_whole_segments(output, kept, cli, tmp_path, monkeypatch):
     clip = write_clip(tmp_path / "clip.mp4", 30)  # more than the threads read ahead
+    output = tmp_path / output
+    arguments = (clip, "-o", output, "--segment", 4 if kept else 30)
 
     def opened(*args, **settings):
-        writer = open_writer(*args, **settings)
+        writer = open_resumable(*args, **settings)
         write, written = writer.write, itertools.count(1)
 
-        def write_three(rgb, frame) -> None:
-            if next(written) == 4:
-                assert len(list(tmp_path.iterdir())) == 2  # so there is something to clean up
+        def write_seven(rgb, frame, seen) -> None:
+            if next(written) == 8:
                 raise KeyboardInterrupt
-            write(rgb, frame)
+            write(rgb, frame, seen)
 
-        monkeypatch.setattr(writer, "write", write_three)
+        monkeypatch.setattr(writer, "write", write_seven)
         return writer
 
-    monkeypatch.setattr(infer, "open_writer", opened)
-    code, summary, stderr = cli(clip, "-o", tmp_path / output)
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "open_resumable", opened)
+        code, summary, stderr = cli(*arguments)
     assert (code, summary) == (1, {})
-    assert errors(stderr) == ["error: stopped; the unfinished output was removed"]
-    assert list(tmp_path.iterdir()) == [clip]
+    assert errors(stderr) == ["error: stopped; the same command continues"]
+    parts = tmp_path / f"{output.name}.parts"
+    assert set(tmp_path.iterdir()) == ({clip, parts} if kept else {clip})
+    assert (f"note: {kept} frames are kept" in stderr) == (kept > 0)
+    assert ("note: nothing is kept" in stderr) == (kept == 0)
+    code, summary, stderr = cli(*arguments)
+    assert (code, summary["frames"], summary["resumed"]) == (0, 30, kept)
+    assert (f"continuing after {kept} frames" in stderr) == (kept > 0)
+    assert len(read_all(output)) == 30
+    assert set(tmp_path.iterdir()) == {clip, output}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -559,23 +672,24 @@ def test_ctrl_c_while_computing(weights, tmp_path):
     """The signal itself, which may come anywhere."""
     pictures = [media.smooth_rgb(48, 64, i / 9) for i in range(600)]
     source = media.write_video(tmp_path / "long.mp4", pictures)
-    command = [sys.executable, "-c", SCRIPT, str(source), "-n", str(weights)]
+    command = [sys.executable, "-c", SCRIPT, str(source), "-n", str(weights), "--segment", "20"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(list(tmp_path.iterdir())) == 1:
+    parts = tmp_path / "long_x4.mp4.parts"
+    while process.poll() is None and not (parts / "000001.packets").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert len(list(tmp_path.iterdir())) == 2, process.communicate()
-    time.sleep(0.3)
+    assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert out == ""
-    assert errors(err) == ["error: stopped; the unfinished output was removed"]
+    assert errors(err) == ["error: stopped; the same command continues"]
+    assert re.search(r"note: \d+ frames are kept", err)
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == [source]
+    assert sorted(tmp_path.iterdir()) == [source, parts]
 
 
 def test_ten_bits_another_stream_and_no_loss(cli, tmp_path):

@@ -1,0 +1,179 @@
+"""Runs of the command line that die where a test wants them to.
+
+A process that has imported everything forks one child for each run, so that a run costs no start.
+A child can kill itself at its n-th operation on files, be killed after a time, write only small
+files, or have its reader or its encoder fail at a frame.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+class Run(NamedTuple):
+    """How a run ended: exit code, or minus the signal's number, and what it said."""
+
+    code: int
+    out: str
+    err: str
+    operations: int  # on files below the watched folder
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+class Runner:
+    """The process that forks; close it."""
+
+    def __init__(self, watched: Path):
+        self._watched = watched
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), str(watched)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: object, **fault: float | str) -> Run:
+        """One run with these arguments; the faults are those of `_fail`."""
+        assert self._process.stdin and self._process.stdout
+        order = {"argv": list(map(str, arguments)), **fault}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return Run(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def _serve(watched: str) -> None:
+    """Fork a child for each order on stdin."""
+    import tempfile
+
+    import torch
+
+    import mana_triton.infer
+
+    torch.set_num_threads(1)
+    tempfile.tempdir = watched  # so that the leftovers there are seen, too
+    for line in sys.stdin:
+        order = json.loads(line)
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            files = [Path(folder) / name for name in ("out", "err", "count")]
+            child = os.fork()
+            if not child:
+                _live(order, watched, files, mana_triton.infer)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [file.read_text() if file.exists() else "" for file in files]
+        answer = Run(status, texts[0], texts[1], int(texts[2] or 0))
+        print(json.dumps(answer._asdict()), flush=True)
+
+
+def _live(order: dict, watched: str, files: list[Path], infer: Any) -> None:
+    """What the child does; it never returns."""
+    import signal
+    import traceback
+
+    from rich.console import Console
+
+    for number, file in enumerate(files[:2], 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    infer.console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    count = _fail(order, watched)
+    sys.argv = ["infer", *order["argv"]]
+    code = 1
+    try:
+        infer.main()
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 1
+        print("" if isinstance(stopped.code, int) else stopped.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    files[2].write_text(str(count[0]))
+    os._exit(code)
+
+
+def _fail(order: dict, watched: str) -> list[int]:
+    """Arrange the faults of an order; returns the number of operations on files, as it grows.
+
+    kill_at: SIGKILL, or `signal`, before this operation; after: the same after so many seconds;
+    largest: bytes of a file; read, encode: the frame at which the disk or the encoder (of PNG
+    files, too) fails.
+    """
+    import errno
+    import resource
+    import signal
+
+    from av.error import ExternalError
+
+    from mana_triton import images
+    from mana_triton.video import VideoEncoder, VideoReader
+
+    count = [0]
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in OPERATIONS and str(arguments[0]).startswith(watched):
+            count[0] += 1
+            if count[0] == order.get("kill_at"):
+                os.kill(os.getpid(), getattr(signal, order.get("signal", "SIGKILL")))
+
+    sys.addaudithook(watch)
+    if "after" in order:
+        parent = os.getpid()
+        if not os.fork():  # a thread or timer would end with the process it is to kill
+            import time
+
+            time.sleep(order["after"])
+            if os.getppid() == parent:
+                os.kill(parent, getattr(signal, order["signal"]))
+            os._exit(0)
+    if "largest" in order:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
+    if "read" in order:
+        frames = VideoReader.__iter__
+
+        def read(self):
+            for number, frame in enumerate(frames(self)):
+                if number == order["read"]:
+                    raise OSError(errno.EIO, "Input/output error")
+                yield frame
+
+        VideoReader.__iter__ = read
+    if "encode" in order:
+        encode, calls = VideoEncoder.encode, iter(range(1 << 30))
+
+        def fail(self, rgb, frame):
+            if next(calls) == order["encode"]:
+                raise ExternalError(-542398533, "Generic error in an external library")
+            return encode(self, rgb, frame)
+
+        write = images.write_picture
+
+        def fail_picture(file, rgb, alpha=None):
+            if next(calls) == order["encode"]:
+                raise OSError(errno.EIO, "Input/output error")
+            write(file, rgb, alpha)
+
+        VideoEncoder.encode, images.write_picture = fail, fail_picture
+    return count
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
