@@ -4,14 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import pytest
 from PIL import Image
+from test_train import CONFIG, cache  # noqa: F401
 
 from eval import ablate, motion
 from mana_triton import checkpoint
 from mana_triton.model import MANA, MANAConfig
-from tests.test_train import CONFIG, cache  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
