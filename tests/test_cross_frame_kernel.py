@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
+from mana_triton.stream import Upscaler
 
 SUITE = "interpreted_cross_frame.py"
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
@@ -193,3 +194,23 @@ def test_twenty_steps_of_training_agree():
     assert curves[0][-1] < curves[0][0]
     # both certify 1e-6; Adam turns rounding of small gradients into steps of its rate
     assert (curves[0] - curves[1]).abs().max() < 1e-3 * curves[0].max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_enlarged_frames_agree(monkeypatch):
+    """The streaming engine on the GPU, as `infer --backend triton` runs it, and on the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = MANAConfig(
+        channels=32, encoder_blocks=2, decoder_blocks=2, memory_slots=16, match="cosine",
+        offsets=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MANA(config)
+    nn.init.normal_(model.w_z.weight, std=0.1)
+    frames = torch.randint(0, 256, (5, 24, 40, 3), dtype=torch.uint8).numpy()
+    gpu = Upscaler(model, device="cuda", precision="fp32", backend="triton").stream(frames)
+    cpu = Upscaler(model, device="cpu", precision="fp32", backend="tiled").stream(frames)
+    for x, y in zip(gpu, cpu, strict=True):
+        # a step where rounding falls to the other side
+        assert abs(x.astype(int) - y).max() <= 1
