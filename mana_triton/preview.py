@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import upscale_bicubic
+from .frame import MediaError, explained, sync
 from .model import SCALE
+from .readers import Reader
 from .segments import Trail
 from .stream import Upscaler
-from .video import MediaError, Reader, _explained, sync
 
 CROPS = 3
 ZOOMED = 220  # pixels that a zoomed crop measures at least
@@ -101,7 +102,7 @@ def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG that has its name only when it is complete."""
     part = path.with_name(f".{path.stem[:80]}.{os.getpid()}.part.png")
     try:
-        with _explained(path, "write"):
+        with explained(path, "write"):
             picture.save(part)
             sync(part)
             part.replace(path)

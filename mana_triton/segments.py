@@ -47,19 +47,11 @@ from typing import IO, Any
 import av
 import numpy as np
 
+from .encoder import VideoEncoder
+from .frame import Frame, MediaError, explained, sync
+from .readers import ImageFolderReader, Reader
 from .stream import CutDetector
-from .video import (
-    Frame,
-    ImageFolderReader,
-    ImageFolderWriter,
-    MediaError,
-    Reader,
-    VideoEncoder,
-    VideoWriter,
-    _explained,
-    _Writer,
-    sync,
-)
+from .video import ImageFolderWriter, VideoWriter, _Writer
 
 FORMAT = 1
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
@@ -204,12 +196,12 @@ class Parts:
         self.notes: list[str] = []
         self._manifest = self.path / "manifest"
         job = {"format": FORMAT} | json.loads(json.dumps(job))
-        with _explained(self.path, "write"):
+        with explained(self.path, "write"):
             is_new = not self.path.exists()
             self.path.mkdir(exist_ok=True)
             self._lock = _lock(self.path, output)
         try:
-            with _explained(self.path, "continue"):
+            with explained(self.path, "continue"):
                 lines = self._read()
                 if lines and not restart:
                     self._check_job(lines[0], job)
@@ -315,7 +307,7 @@ def sweep(output: Path) -> None:
     name = lines[-1].get("complete") if lines else None
     is_named = name is not None and not (folder / name).exists()
     if is_named or all(file.name == "lock" for file in folder.iterdir()):
-        with _explained(folder, "remove"):
+        with explained(folder, "remove"):
             _remove(folder, _lock(folder, output))
 
 
@@ -444,7 +436,7 @@ class ResumableVideo(_Writer):
     def write(self, rgb: np.ndarray, frame: Frame, seen: Seen) -> None:
         """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
         self._check(rgb)
-        with _explained(self.path, "write"):
+        with explained(self.path, "write"):
             is_cut = seen.context[-1][1]
             if self._encoder and self._is_due(is_cut):
                 self._finish()
@@ -493,7 +485,7 @@ class ResumableVideo(_Writer):
     def close(self) -> None:
         """Finish the last segment, join all of them and give the result its name."""
         try:
-            with _explained(self.path, "write"):
+            with explained(self.path, "write"):
                 if self._encoder:
                     self._finish()
                 with self._new_writer(self._parts.path) as writer:
@@ -574,7 +566,7 @@ class ResumablePictures(_Writer):
             self._finish()
 
     def _finish(self) -> None:
-        with _explained(self.path, "write"):
+        with explained(self.path, "write"):
             self._parts.add(self._files, self._seen.to_json())
         self._files = []
 
@@ -583,7 +575,7 @@ class ResumablePictures(_Writer):
         try:
             if self._files:
                 self._finish()
-            with _explained(self.path, "write"):
+            with explained(self.path, "write"):
                 self._parts.complete("frames")
                 self._writer.close()
                 sync(self.path.parent)

@@ -113,8 +113,8 @@ def _fail(order: dict, watched: str) -> list[int]:
     """Arrange the faults of an order; returns the number of operations on files, as it grows.
 
     kill_at: SIGKILL, or `signal`, before this operation; after: the same after so many seconds;
-    largest: bytes of a file; read, encode: the frame at which the disk or the encoder (of PNG
-    files, too) fails.
+    largest: bytes of a file; read, encode: the frame at which the disk fails, or
+    the encoder of video or PNG files.
     """
     import errno
     import resource

@@ -425,7 +425,7 @@ def test_transparency_of_a_video_is_dropped_aloud(tmp_path):
 
 def test_limits_and_their_override(tmp_path, monkeypatch):
     source = media.write_video(tmp_path / "a.mp4", PICTURES[:2])
-    monkeypatch.setattr("mana_triton.video.MAX_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr("mana_triton.readers.MAX_PIXELS", 48 * 32 - 1)
     with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels; use --no-limits"):
         open_reader(source)
     (tmp_path / "in").mkdir()
@@ -435,7 +435,7 @@ def test_limits_and_their_override(tmp_path, monkeypatch):
     for path in (source, tmp_path / "in"):
         with open_reader(path, limits=False) as reader:
             assert reader.width == 48
-    monkeypatch.setattr("mana_triton.video.MAX_PIXELS", 2**26)
+    monkeypatch.setattr("mana_triton.readers.MAX_PIXELS", 2**26)
     with av.open(str(tmp_path / "many.mkv"), "w") as container:
         streams = [container.add_stream("ffv1", 25, width=16, height=16) for _ in range(101)]
         for stream in cast(Any, streams):

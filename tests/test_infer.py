@@ -719,9 +719,19 @@ def test_ten_bits_another_stream_and_no_loss(cli, tmp_path):
         assert (reader.bits, reader.color.transfer) == (10, 16)
         assert next(iter(reader)).rgb.dtype == np.uint16
     assert media.packets(tmp_path / "out.mkv", "video", 1) == media.packets(flat, "video")
+    code, summary, _ = cli(both, "--stream", 1, "--benchmark")
+    assert (code, summary["frames"], summary["width"]) == (0, 3, 64)
+    code, summary, _ = cli(both, "--stream", 1, "--preview", 1, "-o", tmp_path / "one.png")
+    assert (code, summary["output"]) == (0, str(tmp_path / "one.png"))
     code, _, err = cli(both, "--stream", 7)
     assert code == 1
     assert "stream 7 is not a video; choose 0 (h264 16x12), 1 (ffv1 16x12)" in err
+
+
+def test_a_preview_of_sixteen_bits_is_that_of_eight():
+    small, large = (media.smooth_rgb(height, 2 * height) for height in (24, 96))
+    deep = [picture.astype(np.uint16) * 257 for picture in (small, large)]
+    assert preview.sheet(*deep).tobytes() == preview.sheet(small, large).tobytes()
 
 
 def test_no_part_of_the_package_starts_programs():

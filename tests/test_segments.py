@@ -336,6 +336,9 @@ def begun(clip, weights, runner, tmp_path):
         (["--segment", "7"], "segment 6 (now 7)"),
         (["--end", "9"], "settings end None (now 9.0)"),
         (["--compare"], "settings compare False (now True)"),
+        (["--lossless"], "settings lossless False (now True)"),
+        (["--stream", "0"], "settings stream None (now 0)"),
+        (["--no-limits"], "settings no_limits False (now True)"),
         (["--precision", "bf16"], "settings precision fp32 (now bf16)"),
     ],
 )
@@ -462,12 +465,14 @@ def ten_bits(folder: Path) -> Path:
 
 
 def fields(folder: Path) -> Path:
-    """Interlaced frames, then progressive ones, then interlaced ones again."""
+    """Interlaced frames, then progressive ones for more than a second, then interlaced ones."""
     parts = []
-    for number, kind in enumerate(("interlace,setfield=tff", "fps=25", "interlace,setfield=tff")):
-        part = folder / f"{number}.ts"
+    kinds = ("interlace,setfield=tff", "fps=25", "interlace,setfield=tff")
+    for kind, start, lasts in zip(kinds, (0, 0.4, 2), (0.4, 1.6, 0.4), strict=True):
+        part = folder / "part.ts"
         flags = ("-flags", "+ildct+ilme") if "interlace" in kind else ()
-        moving = ("-f", "lavfi", "-i", "testsrc2=s=40x24:d=0.4:r=50", "-output_ts_offset", number)
+        moving = ("-f", "lavfi", "-i", f"testsrc2=s=40x24:d={lasts}:r=50")
+        moving += ("-output_ts_offset", start)
         media.ffmpeg(*moving, "-vf", kind, "-c:v", "mpeg2video", "-q:v", 2, "-g", 4, *flags, part)
         parts.append(part.read_bytes())
         part.unlink()
@@ -565,13 +570,26 @@ def test_seeking_among_fields(tmp_path):
     with open_reader(source) as reader:
         frames = list(reader)
         assert any("interlaced" in note for note in reader.notes)
-        assert len(frames) == 3 * 10
+        assert len(frames) == 10 + 40 + 10
         for first in range(0, len(frames), 3):
             reader.seek(frames[first].pts)
             again = list(reader)
             assert [f.pts for f in again] == [f.pts for f in frames[first:]]
             for a, b in zip(again, frames[first:], strict=True):
                 assert np.array_equal(a.rgb, b.rgb), first
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_seeking_in_an_animation(suffix, tmp_path):
+    """Pictures that hold only what has changed come out whole."""
+    with open_reader(animation(tmp_path / f"in{suffix}")) as reader:
+        frames = list(reader)
+        for first in (0, 1, 13, COUNT - 1):
+            reader.seek(frames[first].pts)
+            again = list(reader)
+            assert [f.pts for f in again] == [f.pts for f in frames[first:]]
+            for a, b in zip(again, frames[first:], strict=True):
+                assert np.array_equal(a.rgb, b.rgb)
 
 
 def test_seeking_is_not_relied_on(clip, monkeypatch):

@@ -1,0 +1,543 @@
+"""Files in: the frames of videos, folders of pictures and animations, in order and with times."""
+
+import itertools
+import math
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self, cast
+
+import av
+import av.filter
+import numpy as np
+from av import logging
+from av.error import FFmpegError
+from av.format import Flags as FormatFlags
+from av.video.reformatter import ColorRange, Interpolation
+from PIL import Image
+
+from . import color as colors
+from . import images
+from .color import Color
+from .frame import Frame, MediaError, Timed, explained, is_cover, reason
+
+MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
+MAX_STREAMS = 100
+
+_CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
+
+
+class _Reader:
+    """What both kinds of reader share: notes and the context manager."""
+
+    notes: list[str]
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def close(self) -> None:
+        """Close what is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class VideoReader(_Reader):
+    """Frames of a video stream of a file, in presentation order; iterate once.
+
+    Args:
+        path: any file FFmpeg can decode.
+        start: leave out frames before this many seconds (by seeking, not by decoding all).
+        end: leave out frames at or after this many seconds.
+        stream: index of the video stream in the file; None for the first.
+        limits: refuse files of more than MAX_STREAMS streams or MAX_PIXELS pixels a picture.
+
+    Attributes:
+        width, height: pixels as coded, before `rotation` (degrees counterclockwise) is applied.
+        rate: nominal frames per second; the timestamps may be irregular.
+        frame_count: expected number of frames, for progress only; None if unknown.
+        bits: of a channel in the file.
+        mastering, light_level: HDR10 metadata as in the file, None if there is none.
+        colorspace, color_range, color_guessed: how YUV is decoded ("bt709", "limited"), and
+            whether that is a guess because the file does not say; `color` has all tags.
+        offset: seconds of the input that are zero of the output; not 0 if the start is cut.
+        notes: lines the user should see.
+        truncated: after iterating, why frames are missing or damaged; None if all is well.
+
+    Raises:
+        MediaError: the file is missing, unreadable, not a video, or has no frame in the range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        stream: int | None = None,
+        limits: bool = True,
+    ):
+        self.path, self.start, self.end = Path(path), start or None, end
+        self._wanted, self._limits = stream, limits
+        self.notes, self.truncated = [], None
+        self._open()
+        try:
+            self._frames = self._in_range()
+            first = next(self._frames, None)
+            if first is None:
+                raise MediaError(f"{path}: no frame can be decoded{self._range_hint()}")
+            self._describe(first)
+            self._frames = itertools.chain([first], self._frames)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        with explained(self.path, "read it as a video"):
+            self._container = av.open(f"file:{self.path}", metadata_errors="replace")
+        try:
+            self._stream = stream = self._choose_stream()
+        except BaseException:
+            self._container.close()
+            raise
+        stream.thread_type = "SLICE"  # frame threads hold frames, and lose them at damaged ends
+        self._damaged = 0
+        self.stream_index, self.time_base = stream.index, stream.time_base or 1 / Fraction(90000)
+        rates = (stream.average_rate, stream.guessed_rate)
+        self.rate = next((rate for rate in rates if rate and 1 <= rate <= 1000), Fraction(25))
+        # broadcast recordings start at an arbitrary time; other files start when they say
+        self._origin = Fraction(0)
+        if self._container.format.flags & FormatFlags.ts_discont.value:
+            ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
+            self._origin = ticks * self.time_base
+        self.stop = None if self.end is None else _exact(self.end) + self._origin
+
+    def _choose_stream(self) -> av.VideoStream:
+        streams, wanted = self._container.streams, self._wanted
+        if self._limits and len(streams) > MAX_STREAMS:
+            raise MediaError(
+                f"{self.path}: has {len(streams)} streams, more than {MAX_STREAMS};"
+                " use --no-limits if you trust it"
+            )
+        videos = [s for s in streams.video if not is_cover(s)]
+        if videos and wanted is not None:
+            known = [s for s in videos if s.codec_context]
+            videos = [s for s in videos if s.index == wanted]
+            if not videos:
+                choices = ", ".join(f"{s.index} ({s.name} {s.width}x{s.height})" for s in known)
+                raise MediaError(f"{self.path}: stream {wanted} is not a video; choose {choices}")
+        if not videos or videos[0].codec_context is None:
+            what = "its video codec is unknown" if videos else "it has no video stream"
+            if not streams:
+                what = "it is not a video, or it is damaged"
+            raise MediaError(f"{self.path}: {what}; give another file or convert this one")
+        if self._limits:
+            _check_size(self.path, videos[0].width, videos[0].height)
+            videos[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        return videos[0]
+
+    def _range_hint(self) -> str:
+        if self.start is None and self.end is None:
+            return "; the file is empty or damaged"
+        lasts = f"; it ends at {self._end - self._origin:.2f} s" if self._end else ""
+        return f" from {self.start or 0} s to {'the end' if self.end is None else self.end}{lasts}"
+
+    @property
+    def _end(self) -> float | None:
+        """When the video ends, in seconds, according to the headers; None if they do not say."""
+        stream, container = self._stream, self._container
+        if stream.duration:
+            return float(((stream.start_time or 0) + stream.duration) * self.time_base)
+        if clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+            return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])  # Matroska
+        length = container.duration if len(container.streams) == 1 else None
+        return length / av.time_base if length else None
+
+    def _describe(self, first: Timed) -> None:
+        self.width, self.height, self.rotation = first.width, first.height, first.rotation
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+        self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
+        self.color, self.bits = self._find_color(first), colors.depth(first.format)
+        side_data = {data.type.name: bytes(data) for data in first.side_data}
+        self.mastering = _mastering(side_data.get("MASTERING_DISPLAY_METADATA", b""))
+        self.light_level = _light_level(side_data.get("CONTENT_LIGHT_LEVEL", b""))
+        self.colorspace, self.color_guessed = self.color.name, self.color.guessed
+        self.color_range = "full" if self.color.full_range else "limited"
+        self.offset = first.pts * self.time_base if self.start else self._origin
+        self.frame_count = None
+        if self.start is None and self.end is None and self._stream.frames:
+            self.frame_count = self._stream.frames
+        elif self._end:
+            end = min(self._end, self._end if self.stop is None else float(self.stop))
+            self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
+        if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & set(side_data):
+            self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
+
+    def _find_color(self, first: av.VideoFrame) -> Color:
+        name, matrix = first.format.name, first.colorspace
+        full = first.color_range == ColorRange.JPEG or name.startswith("yuvj")
+        primaries, transfer = (1 if x == 2 else x for x in (first.color_primaries, first.color_trc))
+        if first.format.is_rgb or first.format.has_palette or name.startswith("gray"):
+            code = 9 if primaries == 9 else 1
+            is_gray = name.startswith("gray")
+            return Color(code, full and is_gray, primaries, transfer)
+        siting = self._find_siting(name)
+        if matrix == 2:  # unspecified: what players assume, by size
+            code = 1 if first.height >= 720 else 6
+            guess = Color(code, full, code, code, guessed=True, siting=siting)
+            self._note(f"the file does not say which colors it uses; taken as {guess.name}")
+            return guess
+        if matrix not in colors.MATRICES:
+            raise MediaError(
+                f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
+            )
+        return Color(matrix, full, first.color_primaries, first.color_trc, siting=siting)
+
+    def _find_siting(self, form: str) -> str:
+        """Where chroma lies; PyAV tells only in a verbose description of the file."""
+        level = logging.get_level()
+        logging.set_libav_level(logging.VERBOSE)
+        logging.set_level(logging.VERBOSE)
+        try:
+            described = cast(Any, self._container).dumps_format()
+        finally:
+            logging.set_libav_level(logging.INFO)  # FFmpeg's default
+            logging.set_level(level)
+        line = re.search(rf"Stream #0:{self.stream_index}\b.*Video: .*", described)
+        names = "|".join(sorted(colors.SITINGS, key=len, reverse=True))
+        said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None
+        return said[1] if said else "left"
+
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        self._container.close()
+        self._open()
+        self._frames = self._in_range(None if pts is None else pts * self.time_base)
+
+    def _in_range(self, begin: Fraction | None = None) -> Iterator[Timed]:
+        frames = self._progressive()
+        start = self._origin + _exact(self.start or 0) if begin is None else begin
+        if (self.start or begin is not None) and self._container.format.name not in _CHAINED:
+            with suppress(FFmpegError):
+                # one second early, because seeking goes by decoding time, which B frames shift
+                self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
+            first = next(frames, None)
+            if first is None or first.pts * self.time_base > start:  # failed or overshot
+                self._container.close()
+                self._open()
+                frames = self._progressive()
+            else:
+                frames = itertools.chain([first], frames)
+        for frame in frames:
+            time = frame.pts * self.time_base
+            if self.stop is not None and time >= self.stop:
+                return
+            if time >= start:
+                self._damaged += frame.is_corrupt
+                yield frame
+
+    def _progressive(self) -> Iterator[Timed]:
+        """All frames from here on, the interlaced ones deinterlaced."""
+        graph: _Deinterlacer | None = None
+        last: Timed = None
+        for frame in self._decoded():
+            if graph and not graph.takes(frame):
+                yield from graph.push(None)
+                graph = None
+            if graph is None and frame.interlaced_frame and min(frame.width, frame.height) >= 16:
+                self._note("the video is interlaced; deinterlaced by bwdif, frame by frame")
+                graph = _Deinterlacer(frame, self.time_base, last)
+            yield from graph.push(frame) if graph else [frame]
+            last = frame
+        if graph:
+            yield from graph.push(None)
+
+    def _decoded(self) -> Iterator[Timed]:
+        """All frames from here on, with increasing timestamps; damage is counted and skipped."""
+        packets = self._container.demux(self._stream)
+        last, lasts, stopped = None, 0, None
+        while True:
+            try:
+                packet = next((p for p in packets if p.size), None)
+            except FFmpegError as error:
+                packet, stopped = None, reason(error)
+            try:
+                frames = self._stream.decode(packet)
+            except FFmpegError:
+                self._damaged += 1
+                frames = []
+            for frame in frames:
+                last, lasts = self._increasing(frame, last), frame.duration
+                frame.pts = last
+                yield frame
+            if packet is None:
+                self._judge_end(last, lasts, stopped)
+                return
+
+    def _increasing(self, frame: Timed, last: int | None) -> int:
+        """The frame's timestamp, replaced if it is missing or not after the last one."""
+        if frame.pts is None:
+            period = max(1, round(1 / (self.rate * self.time_base)))
+            return (self._stream.start_time or 0) if last is None else last + period
+        if last is not None and frame.pts <= last:
+            self._note("timestamps that ran backwards were corrected; check sound against picture")
+            return last + 1
+        return frame.pts
+
+    def _judge_end(self, last: int | None, lasts: int, stopped: str | None) -> None:
+        """Set `truncated` if frames were lost; the last one came at `last` for `lasts` ticks."""
+        if last is None:
+            return
+        seconds, end = float((last + lasts) * self.time_base), self._end or 0
+        if stopped:
+            self.truncated = f"reading stopped after {seconds:.2f} s: {stopped}"
+        elif end - seconds > 2.5 / self.rate:
+            self.truncated = f"the video stops at {seconds:.2f} s instead of {end:.2f} s"
+        elif self._damaged:
+            self.truncated = f"frames damaged or missing: {self._damaged}"
+
+    def __iter__(self) -> Iterator[Frame]:
+        for picture in self._frames:
+            frame = picture
+            if (frame.width, frame.height) != (self.width, self.height):
+                self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
+                size = self.width, self.height
+                frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
+            rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
+            yield Frame(rgb, picture.pts, self.time_base, picture.duration, alpha=alpha)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+
+class _Deinterlacer:
+    """FFmpeg's bwdif: one progressive frame for each frame; progressive ones pass unchanged.
+
+    A frame depends on itself and its two neighbors alone, so that decoding may begin anywhere:
+    the filter is given all frames as interlaced ones, and `before`, if there was a frame of that
+    kind before the first. Left to skip the progressive ones, it would treat an interlaced one after
+    them otherwise at the start of a file than in its middle.
+    """
+
+    def __init__(self, frame: Timed, time_base: Fraction, before: Timed):
+        self._kind, self._time_base = (frame.width, frame.height, frame.format.name), time_base
+        self._graph = av.filter.Graph()
+        width, height, form = self._kind
+        source = self._graph.add_buffer(
+            width=width, height=height, format=form, time_base=time_base
+        )
+        bwdif = self._graph.add("bwdif", "mode=send_frame:deint=all")
+        sink = self._graph.add("buffersink")
+        source.link_to(bwdif)
+        bwdif.link_to(sink)
+        self._graph.configure()
+        self._held: deque[Timed] = deque()  # frames in the filter; None where it is in no result
+        if before is not None and self.takes(before):
+            self._graph.vpush(before)
+            self._held.append(None)
+
+    def takes(self, frame: Timed) -> bool:
+        return (frame.width, frame.height, frame.format.name) == self._kind
+
+    def push(self, frame: Timed) -> Iterator[Timed]:
+        """Put in one frame, None at the end, and take out what is ready."""
+        self._graph.vpush(frame)
+        if frame is not None:
+            self._held.append(frame)
+        while True:
+            try:
+                done: Timed = self._graph.vpull()
+            except (BlockingIOError, EOFError):
+                return
+            held = self._held.popleft()
+            if held is None:
+                continue
+            if not held.interlaced_frame:
+                yield held
+                continue
+            done.pts, done.duration, done.time_base = held.pts, held.duration, self._time_base
+            yield done
+
+
+class ImageFolderReader(_Reader):
+    """The pictures of a folder as frames, in natural order of their names (2 before 10).
+
+    Args:
+        path: folder of PNG, JPEG, WebP, TIFF or BMP files, 8 or 16 bits, all of one size.
+        start, end: seconds, as of a video with `rate` frames per second.
+        rate: frames per second.
+        limits: refuse pictures of more than MAX_PIXELS pixels.
+
+    Attributes are those of VideoReader; `files` are the pictures.
+
+    Raises:
+        MediaError: no picture, an unreadable one, or different sizes.
+    """
+
+    rotation, display_matrix, sample_aspect_ratio, truncated = 0, None, None, None
+    color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
+    offset = Fraction(0)
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        rate: Fraction | int = 25,
+        *,
+        limits: bool = True,
+    ):
+        self.path, self.start, self.end, self.notes = Path(path), start, end, []
+        self.rate, self.time_base = Fraction(rate), 1 / Fraction(rate)
+        with explained(self.path, "list the folder"):
+            names = sorted(self.path.iterdir(), key=_natural)
+        self.files = [
+            file
+            for file in names
+            if file.suffix.lower() in images.SUFFIXES and not file.name.startswith(".")
+        ]
+        if not self.files:
+            raise MediaError(f"{path}: holds no pictures ({' '.join(images.SUFFIXES)})")
+        first = 0 if start is None else math.ceil(_exact(start) * self.rate)
+        last = None if end is None else math.ceil(_exact(end) * self.rate)
+        self.files = self.files[first:last]
+        if not self.files:
+            raise MediaError(f"{path}: has no pictures from {start or 0} s to {end or 'the end'}")
+        self.frame_count, self._first = len(self.files), 0
+        if not limits:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        with explained(self.files[0], "read the picture"):
+            self.width, self.height = images.picture_size(self.files[0])
+            self.bits = images.picture_bits(self.files[0])
+        if limits:
+            _check_size(self.files[0], self.width, self.height)
+        for file in self.files:  # now rather than after hours of work
+            with explained(file, "read the picture"):
+                size = images.picture_size(file)
+            if size != (self.width, self.height):
+                raise MediaError(
+                    f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
+                    f" {self.width}x{self.height}; all pictures must have one size"
+                )
+
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first one."""
+        self._first = pts or 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        for index, file in enumerate(self.files[self._first :], self._first):
+            with explained(file, "read the picture"):
+                rgb, alpha = images.read_picture(file)
+            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha)
+
+
+class AnimationReader(_Reader):
+    """The pictures of an animated WebP, which FFmpeg cannot read; attributes as VideoReader's."""
+
+    rotation, display_matrix, sample_aspect_ratio, truncated, bits = 0, None, None, None, 8
+    color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
+    time_base = Fraction(1, 1000)
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        limits: bool = True,
+    ):
+        self.path, self.start, self.end, self.notes = Path(path), start, end, []
+        self.offset, self.frame_count = _exact(start or 0), None
+        if not limits:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        with explained(self.path, "read the animation"):
+            self.width, self.height = images.picture_size(self.path)
+        if limits:
+            _check_size(self.path, self.width, self.height)
+        self._first = 1000 * self.offset
+        first = next(iter(self), None)
+        if first is None:
+            raise MediaError(f"{path}: no frame from {start or 0} s to {end or 'the end'}")
+        self.rate = Fraction(1000, first.duration or 40)
+
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        self._first = 1000 * self.offset if pts is None else pts
+
+    def __iter__(self) -> Iterator[Frame]:
+        pts, stop = 0, None if self.end is None else 1000 * _exact(self.end)
+        with explained(self.path, "read the animation"):
+            for rgb, alpha, duration in images.read_animation(self.path):
+                if stop is not None and pts >= stop:
+                    return
+                if pts >= self._first:
+                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha)
+                pts += duration or 40
+
+
+Reader = VideoReader | ImageFolderReader | AnimationReader
+
+
+def open_reader(
+    path: str | Path,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    stream: int | None = None,
+    limits: bool = True,
+) -> Reader:
+    """A reader for a video file, an animation or a folder of pictures."""
+    if Path(path).is_dir() or Path(path).suffix.lower() == ".webp":
+        if stream is not None:
+            raise MediaError(f"{path}: has no streams to choose from")
+        kind = ImageFolderReader if Path(path).is_dir() else AnimationReader
+        return kind(path, start, end, limits=limits)
+    return VideoReader(path, start, end, stream=stream, limits=limits)
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{path}: pictures of {width}x{height} are larger than {MAX_PIXELS} pixels;"
+            " use --no-limits if you trust the file and have the memory"
+        )
+
+
+def _mastering(data: bytes) -> dict[str, tuple[Fraction, ...]] | None:
+    """Primaries and white point (x, y) and luminance (cd/m2) of the display it was made on."""
+    if len(data) < 88:
+        return None
+    *ratios, has_primaries, has_luminance = np.frombuffer(data[:88], np.int32).tolist()
+    if not (has_primaries and has_luminance and all(ratios[1::2])):
+        return None
+    values = [Fraction(a, b) for a, b in zip(ratios[::2], ratios[1::2], strict=True)]
+    red, green, blue, white, (low, high) = zip(values[::2], values[1::2], strict=True)
+    return {"G": green, "B": blue, "R": red, "WP": white, "L": (high, low)}
+
+
+def _light_level(data: bytes) -> tuple[int, int] | None:
+    """Brightest pixel and brightest mean of a frame, cd/m2."""
+    if len(data) < 8:
+        return None
+    brightest, mean = np.frombuffer(data[:8], np.uint32).tolist()
+    return brightest, mean
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """Sort key under which frame2 comes before frame10."""
+    parts = re.split(r"([0-9]+)", file.name)  # text and numbers alternate
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
+
+
+def _exact(seconds: float) -> Fraction:
+    """The decimal number that was meant: 0.4 is 2/5, the float nearest to it is a little more."""
+    return Fraction(str(seconds))
