@@ -31,6 +31,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -59,6 +60,7 @@ from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, open_reader
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
+CENTURY = 3.2e9  # seconds; what a time of a video may be at most
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
 # flags that do not change a frame of the result; all others must stay as they were to continue
 PASSING = ("input", "output", "overwrite", "restart", "preview", "benchmark", "model", "backend")
@@ -130,7 +132,7 @@ def _number(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
-    return number
+    return min(number, sys.maxsize)
 
 
 def _frames(text: str) -> int:
@@ -142,7 +144,7 @@ def _frames(text: str) -> int:
 
 def _seconds(text: str) -> float:
     seconds = float(text)
-    if not 0 <= seconds < float("inf"):
+    if not 0 <= seconds <= CENTURY:
         raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text}")
     return seconds
 
@@ -222,6 +224,8 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
         "settings": flags | engine | {"options": dict(args.options)},
         "weights": _weights_hash(upscaler.model),
         "input": segments.input_identity(reader),
+        # sums are added in another order by another number of threads
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
         "software": {"torch": torch.__version__, "av": av.__version__},
     }
 
@@ -333,7 +337,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """The (input, output) pairs that the flags ask for.
 
     Raises:
-        MediaError: several videos and one output file.
+        MediaError: several videos and one output file, or two that would become the same file.
     """
     source: Path = args.input
     videos = _videos_in(source) if source.is_dir() else []
@@ -342,9 +346,16 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     folder = args.output or source
     if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
         raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
-    if args.output:
+    jobs = [(video, folder / _default_output(video, args.codec).name) for video in videos]
+    names: dict[Path, Path] = {}
+    for video, output in jobs:
+        if (other := names.setdefault(output, video)) != video:
+            raise MediaError(
+                f"{other} and {video.name} would both become {output.name}; rename one of them"
+            )
+    if args.output and not args.benchmark:
         folder.mkdir(parents=True, exist_ok=True)
-    return [(video, folder / _default_output(video, args.codec).name) for video in videos]
+    return jobs
 
 
 def _holds_videos(source: Path) -> bool:
@@ -412,17 +423,18 @@ def _run_folder(
 ) -> tuple[dict, int]:
     """Every job in turn; one that fails does not stop the rest."""
     done, failed, before = [], [], []
-    table = Table("video", "result", "frames", "ms/frame", title=str(args.input))
+    table = Table("video", "result", "frames", "ms/frame", title=escape(str(args.input)))
     for source, output in jobs:
         name = escape(source.name)
-        if output.exists() and not args.overwrite and not args.benchmark and args.preview is None:
-            segments.sweep(output)
-            before.append(str(output))
-            table.add_row(name, "done before", "", "")
-            continue
+        writes = not args.benchmark and args.preview is None
         try:
+            if output.exists() and not args.overwrite and writes:
+                segments.sweep(output)
+                before.append(str(output))
+                table.add_row(name, "done before", "", "")
+                continue
             done.append(_work(source, output, upscaler, args))
-        except MediaError as error:
+        except (MediaError, OSError) as error:
             console.print(f"error: {error}", markup=False)
             failed.append(str(source))
             table.add_row(name, "[red]failed[/], see above", "", "")
@@ -450,9 +462,13 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
         picture = args.output
     if picture.suffix.lower() != ".png":
         raise MediaError(f"{picture}: must end in .png, as --preview writes one picture")
+    if picture.is_symlink():
+        raise MediaError(f"{picture}: is a symbolic link; give the file's own name")
     if picture.exists() and not args.overwrite:
         raise MediaError(f"{picture}: exists; use --overwrite or choose another output")
     with _open(source, args) as reader:
+        if picture.exists() and any(map(picture.samefile, getattr(reader, "files", [source]))):
+            raise MediaError(f"{picture}: is the input itself; choose another output")
         _describe(reader, upscaler)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
         _show_notes(reader.notes)
@@ -536,7 +552,9 @@ def main() -> None:
     args = parse_args()
     # a closed terminal and a polite kill clean up as Ctrl-C does
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, signal.default_int_handler)
     try:
         summary, code = run(args)
     except (MediaError, CheckpointError, OSError) as error:

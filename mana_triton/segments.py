@@ -8,7 +8,8 @@
 
 While it is made, the output is a folder `<output>.parts`:
 
-    manifest        line 1: format, settings, input; then one line per finished segment
+    manifest        line 1: format, settings, input; then one line per finished segment, each
+                    behind its hash
     lock            held by the running process, released by the system when it dies
     000000.packets  a segment of a video: the packets of an encoder of its own
     frames/         the pictures of an output folder, in segments of a few
@@ -159,7 +160,7 @@ def input_identity(reader: Reader) -> dict[str, Any]:
         stat = file.stat()
         if len(files) > 1:  # as many as a film has frames: their names and times must do
             digest.update(f"{file.name}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
-    for file in {files[0], files[-1]}:
+    for file in dict.fromkeys((files[0], files[-1])):
         with file.open("rb") as content:
             size = file.stat().st_size
             for i in range(SAMPLES):
@@ -203,6 +204,8 @@ class Parts:
         try:
             with explained(self.path, "continue"):
                 lines = self._read()
+                if not (lines or restart) and self._manifest.exists():
+                    raise MediaError(f"{self._manifest}: is damaged; use --restart to begin anew")
                 if lines and not restart:
                     self._check_job(lines[0], job)
                     self._verify(line for line in lines[1:] if "files" in line)
@@ -349,18 +352,20 @@ def _lines(manifest: Path) -> list[dict[str, Any]]:
     lines = []
     if manifest.exists():
         for line in manifest.read_bytes().splitlines(keepends=True):
-            try:
-                content = json.loads(line)
-            except ValueError:
+            digest, _, content = line.partition(b" ")
+            if not line.endswith(b"\n") or digest != _digest(content):
                 break
-            if not (line.endswith(b"\n") and isinstance(content, dict)):
-                break
-            lines.append(content)
+            lines.append(json.loads(content))
     return lines
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content).encode() + b"\n"
+    text = json.dumps(content).encode() + b"\n"
+    return _digest(text) + b" " + text
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

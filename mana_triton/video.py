@@ -276,11 +276,8 @@ class ImageFolderWriter(_Writer):
         count: int = 0,
     ):
         super().__init__(path, reader, width, height)
-        self._count = count
-        if self.path.is_file():
-            raise MediaError(f"{path}: is a file; give a folder or a video file name")
-        if self.path.is_dir() and any(file.suffix != ".png" for file in self.path.iterdir()):
-            raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
+        self._count, self._overwrite = count, overwrite
+        self._check_place()
         stems = sorted(file.stem for file in getattr(reader, "files", ()))
         for one, next_one in itertools.pairwise(stems):
             if one == next_one:
@@ -288,6 +285,13 @@ class ImageFolderWriter(_Writer):
         self._part = self._claim(overwrite, part)
         with explained(self.path, "write"):
             self._part.mkdir(exist_ok=part is not None)
+
+    def _check_place(self) -> None:
+        path = self.path
+        if path.is_file():
+            raise MediaError(f"{path}: is a file; give a folder or a video file name")
+        if path.is_dir() and any(file.suffix != ".png" for file in path.iterdir()):
+            raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
 
     def write(self, rgb: np.ndarray, frame: Frame) -> Path:
         """Write one picture, [height, width, 3] RGB, under the name of `frame`."""
@@ -313,6 +317,9 @@ class ImageFolderWriter(_Writer):
         """Give the folder its name, in place of an older one."""
         if not self._part.exists():
             return
+        # somebody may have put something there in the meantime
+        self._check_place()
+        self._claim(self._overwrite)
         with explained(self.path, "write"):
             old = self._part.with_suffix(".old")
             if self.path.exists():

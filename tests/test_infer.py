@@ -531,6 +531,14 @@ def test_a_folder_of_videos_to_another_folder(cli, tmp_path):
     assert not (tmp_path / "one.mp4").exists()
 
 
+def test_two_videos_of_a_folder_may_not_become_one(cli, tmp_path):
+    for name in ("a.avi", "a.flv", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    code, _, stderr = cli(tmp_path)
+    assert code == 1
+    assert "a.avi and a.flv would both become a_x4.mkv; rename one of them" in stderr
+
+
 def test_a_folder_of_videos_skips_what_is_done(cli, tmp_path):
     folder = tmp_path / "films"
     folder.mkdir()
@@ -738,3 +746,16 @@ def test_no_part_of_the_package_starts_programs():
     """File names are only ever opened: no shell sees them."""
     for file in (ROOT / "mana_triton").glob("*.py"):
         assert not re.search(r"subprocess|os\.(system|popen|exec|spawn)|shell=", file.read_text())
+
+
+def test_a_preview_is_not_written_over_its_input(folder, cli):
+    picture = folder / "frame2.png"
+    before = picture.read_bytes()
+    code, _, stderr = cli(folder, "--preview", "0", "-o", picture, "--overwrite")
+    assert (code, picture.read_bytes()) == (1, before)
+    assert errors(stderr) == [f"error: {picture}: is the input itself; choose another output"]
+    link = folder.parent / "link.png"
+    link.symlink_to(picture)
+    code, _, stderr = cli(folder, "--preview", "0", "-o", link, "--overwrite")
+    assert (code, link.is_symlink()) == (1, True)
+    assert errors(stderr) == [f"error: {link}: is a symbolic link; give the file's own name"]

@@ -392,7 +392,10 @@ def test_a_changed_input_is_refused_or_restarted(change, begun, runner, whole, t
     assert change == "content" or content(tmp_path / "clip_x4.mp4") == whole[".mp4"]
 
 
-@pytest.mark.parametrize("damage", ["a bit", "missing", "torn manifest", "manifest of zeros"])
+@pytest.mark.parametrize(
+    "damage",
+    ["a bit", "missing", "torn manifest", "manifest of zeros", "another number in the manifest"],
+)
 def test_damaged_work_is_done_again(damage, begun, runner, whole, tmp_path):
     parts = tmp_path / "clip_x4.mp4.parts"
     segment, manifest = parts / "000001.packets", parts / "manifest"
@@ -405,12 +408,42 @@ def test_damaged_work_is_done_again(damage, begun, runner, whole, tmp_path):
     else:
         lines = manifest.read_bytes().splitlines(keepends=True)
         half = lines[2][: len(lines[2]) // 2]
-        lines[2:] = [half if damage == "torn manifest" else b"\0" * 512]
+        damaged = {"torn manifest": half, "manifest of zeros": b"\0" * 512}
+        lines[2:] = [damaged.get(damage, lines[2].replace(b'"number": ', b'"number": 1'))]
         manifest.write_bytes(b"".join(lines))
     run = runner(*begun)
     assert (run.code, run.summary["resumed"]) == (0, 6)
     assert ("is damaged; continuing from frame 6" in run.err) == ("manifest" not in damage)
     assert content(tmp_path / "clip_x4.mp4") == whole[".mp4"]
+
+
+def test_a_manifest_without_its_beginning_is_not_thrown_away(begun, runner, tmp_path):
+    manifest = tmp_path / "clip_x4.mp4.parts" / "manifest"
+    manifest.write_bytes(b"x" + manifest.read_bytes()[1:])
+    before = sorted(manifest.parent.iterdir())
+    run = runner(*begun)
+    assert (run.code, sorted(manifest.parent.iterdir())) == (1, before)
+    assert "manifest: is damaged; use --restart to begin anew" in run.err
+
+
+def test_pictures_are_recognized_by_another_process(tmp_path):
+    """Where hashes of strings, and with them the order of sets, are others."""
+    for name in ("first", "last"):
+        Image.new("RGB", (4, 4), "red" if name == "first" else "blue").save(
+            tmp_path / f"{name}.png"
+        )
+    code = (
+        "import sys; from mana_triton.video import open_reader; from mana_triton import segments\n"
+        "print(segments.input_identity(open_reader(sys.argv[1])))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)}, capture_output=True, check=True,
+        ).stdout
+        for seed in (1, 2, 4, 6)
+    }  # fmt: skip
+    assert len(seen) == 1
 
 
 def test_two_runs_at_once(begun, runner, whole, tmp_path):

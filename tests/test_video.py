@@ -845,3 +845,22 @@ def test_demo_clip(name, frames, sounds, left_out, tmp_path):
         assert media.packets(tmp_path / name, "audio", index) == before
     with av.open(str(tmp_path / name)) as container:
         assert len(container.streams.audio) == sounds
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("notes.txt", "holds other things"), ("0.png", "exists; use --overwrite")]
+)
+def test_what_came_into_the_output_folder_meanwhile_stays(name, message, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    Image.new("RGB", (4, 3)).save(source / "0.png")
+    with open_reader(source) as reader:
+        writer = open_writer(out, reader, 16, 12)
+        for frame in reader:
+            writer.write(np.zeros((12, 16, 3), np.uint8), frame)
+    out.mkdir()
+    (out / name).write_text("precious")
+    with pytest.raises(MediaError, match=message):
+        writer.close()
+    writer.abort()
+    assert [file.read_text() for file in out.iterdir()] == ["precious"]
