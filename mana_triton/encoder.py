@@ -42,6 +42,13 @@ _REPEATABLE = "asm=MMX2,SSE2,SSSE3,SSE4.2,LZCNT,AVX,FMA3,BMI1,BMI2,AVX2"
 _HDR_UNITS = {"G": 50000, "B": 50000, "R": 50000, "WP": 50000, "L": 10000}
 
 
+def repeatable(params: str = "") -> str:
+    """These "x264-params" with what makes equal pictures equal packets on this machine."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or "asm=" in params:
+        return params
+    return ":".join(filter(None, (_REPEATABLE, params)))
+
+
 class VideoEncoder:
     """Turns pictures into the packets of one video stream, which starts with a key frame.
 
@@ -227,10 +234,8 @@ class VideoEncoder:
         if name == "libx264":
             if "threads" not in options:
                 context.thread_count = threads
-            given = options.get("x264-params", "")
-            if torch.backends.cpu.get_cpu_capability() == "AVX512" and "asm=" not in given:
-                options = options | {"x264-params": ":".join(filter(None, (_REPEATABLE, given)))}
-            return options | tight
+            params = repeatable(options.get("x264-params", ""))
+            return options | ({"x264-params": params} if params else {}) | tight
         if name == "libx265":
             parts = ["log-level=error", f"rc-lookahead={depth}" if bounded else "", params]
             return options | {"x265-params": ":".join(filter(None, parts))}

@@ -145,6 +145,8 @@ def compress(
     """
     import av
 
+    from mana_triton.encoder import repeatable
+
     frames = iter(frames)
     first = next(frames)
     h, w, _ = first.shape
@@ -153,6 +155,8 @@ def compress(
         options = {"crf": str(crf), "preset": preset}
         if codec == "libx265":
             options["x265-params"] = "log-level=none:pools=none:frame-threads=1"
+        elif codec == "libx264" and (params := repeatable()):
+            options["x264-params"] = params
         stream = cast(av.VideoStream, container.add_stream(codec, FPS, options=options))
         height, width = (max(SMALLEST, n + n % 2) for n in (h, w))
         stream.height, stream.width = height, width
@@ -160,7 +164,7 @@ def compress(
         for number, frame in enumerate(chain([first], frames)):
             padded = np.pad(frame, [(0, height - h), (0, width - w), (0, 0)], mode="edge")
             picture = av.VideoFrame.from_ndarray(padded, format="rgb24")
-            picture = picture.reformat(format="yuv420p")
+            picture = picture.reformat(format="yuv420p", threads=1)
             picture.pts, picture.time_base = number, Fraction(1, FPS)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
