@@ -385,7 +385,23 @@ def _file_hash(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-class ResumableVideo(_Writer):
+class _Resumable(_Writer):
+    """What both kinds of resumable writer share."""
+
+    _parts: Parts
+
+    @property
+    def number(self) -> int:
+        """How many frames are done, for good."""
+        return self._parts.number
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """Where the work continues, for `Trail` and `frames_after`."""
+        return self._parts.done
+
+
+class ResumableVideo(_Resumable):
     """A VideoWriter whose work survives; arguments that are not below are those of VideoWriter.
 
     Args:
@@ -394,8 +410,6 @@ class ResumableVideo(_Writer):
         length: frames of a segment at least.
 
     Attributes:
-        done: where the work continues, for `Trail` and `frames_after`.
-        number: how many frames are done.
         notes: lines the user should see.
     """
 
@@ -422,14 +436,8 @@ class ResumableVideo(_Writer):
         job = job | {"segment": length, "encoder headers": headers}
         self._parts = Parts(self.path, job, restart)
         self.notes += self._parts.notes
-        self.done = self._parts.done
         self._tick = self.done["tick"] if self.done else -1
         self._encoder: VideoEncoder | None = None
-
-    @property
-    def number(self) -> int:
-        """How many frames are done, for good."""
-        return self._parts.number
 
     def _new_writer(self, folder: Path) -> VideoWriter:
         part = folder / f"joined{self.suffix}"
@@ -529,7 +537,7 @@ class ResumableVideo(_Writer):
         self._parts.release()
 
 
-class ResumablePictures(_Writer):
+class ResumablePictures(_Resumable):
     """An ImageFolderWriter whose work survives; see ResumableVideo."""
 
     def __init__(
@@ -549,7 +557,6 @@ class ResumablePictures(_Writer):
         with tempfile.TemporaryDirectory(prefix="mana_triton-") as folder:
             ImageFolderWriter(path, reader, *size, overwrite=overwrite, part=Path(folder))
         self._parts, self._length = Parts(self.path, job, restart), min(length, PICTURES)
-        self.done = self._parts.done
         self._writer = ImageFolderWriter(
             path, reader, *size, overwrite=overwrite, part=self._parts.path / "frames",
             count=self.number,
@@ -557,11 +564,6 @@ class ResumablePictures(_Writer):
         self.notes = self._writer.notes  # one list, as both go on adding to it
         self.notes += self._parts.notes
         self._files: list[Path] = []
-
-    @property
-    def number(self) -> int:
-        """How many frames are done, for good."""
-        return self._parts.number
 
     def write(self, rgb: np.ndarray, frame: Frame, seen: Seen) -> None:
         """Write one picture, [height, width, 3] RGB, under the name of `frame`."""

@@ -61,11 +61,7 @@ def rich_file(folder: Path, sound: str) -> Path:
                 for i in range(2)
             ]  # fmt: skip
             out.set_chapters(chapters)
-            for container in (a, b):
-                for packet in container.demux():
-                    if packet.size:
-                        packet.stream = targets[id(packet.stream)]
-                        out.mux(packet)
+            media.copy_packets((a, b), targets, out)
     return whole
 
 

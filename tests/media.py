@@ -140,12 +140,17 @@ def add_subtitles(path: Path, source: Path, lines: Sequence[tuple[int, int, str]
     with av.open(str(source)) as video, av.open(str(script)) as srt, av.open(str(path), "w") as out:
         inputs = [*video.streams, *srt.streams]
         targets = {id(s): out.add_stream_from_template(s, opaque=True) for s in inputs}
-        for container in (video, srt):
-            for packet in container.demux():
-                if packet.size:
-                    packet.stream = targets[id(packet.stream)]
-                    out.mux(packet)
+        copy_packets((video, srt), targets, out)
     return path
+
+
+def copy_packets(sources: Sequence[Any], targets: dict[int, Any], out: Any) -> None:
+    """All packets of some containers into another one, by the id of their stream."""
+    for container in sources:
+        for packet in container.demux():
+            if packet.size:
+                packet.stream = targets[id(packet.stream)]
+                out.mux(packet)
 
 
 def frame_times(path: Path) -> list[Fraction]:
