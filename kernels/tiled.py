@@ -13,8 +13,9 @@ for a strip of tiles, whose windows overlap, and again in the backward pass.
 
 Which keys a tile can do without is certified: with S the kept keys and eta >= the sum over the
 dropped ones of exp(b - LSE_S), the error is at most eta (max|v| + |o|), where no dropped key's
-logit exceeds b = |s q| max|k| - c d^2. All tiles start with the halo that suffices when queries
-are matched well; where LSE_S then says otherwise, a second pass takes the halo that it certifies.
+logit exceeds b = |s q| max|k| - c d^2. The first strip of tiles takes the halo that suffices when
+queries are matched well, and each later one what LSE_S certified for most of the strip before;
+where a strip's own LSE_S says otherwise, a second pass takes the halo that it certifies.
 (Bounding keys tile by tile, by mean and radius, shrank the halos of trained and of random
 features by 0 to 4 %, less than it costs.)
 
@@ -32,10 +33,11 @@ from torch import Tensor
 from .reference import CrossFrame
 
 STRIP = 64  # rows of queries in a strip, at most
-CELL = 16  # side of the squares of queries that get a second pass
+CELL = 8  # side of the squares of queries that get a second pass
 ROWS_BACKWARD = 4  # of a query tile
-NEAR = 16  # halo from which on tiles are 16 x 16 instead of 4 x 8
-SLACK = 4.0  # nats by which the first pass lets a query's LSE stay below its largest logit
+NEAR = 26  # halo from which on tiles are 16 x 16 instead of 4 x 8
+SLACK = 4.0  # nats by which the first strip lets a query's LSE stay below its largest logit
+ENOUGH = 0.95  # share of the last strip's cells for which the next strip's halo would have sufficed
 SMALL = 1024  # pixels of a frame whose keys are all kept
 ROUNDING = 8e-6  # of the logits, from the Gaussian's columns
 WINDOW = 1 << 20  # elements of the keys and values that lie ready at once
@@ -47,7 +49,8 @@ class _Strip(NamedTuple):
     """A rectangle of queries of some frames, and the rectangle of keys that they meet.
 
     The rows of keys lie one after the other in memory, and a window takes their full width: it is
-    a part of the rectangle that needs no copy.
+    a part of the rectangle that needs no copy. Where a strip is long enough, its rows of keys go
+    on beyond the frame, as nothing that counts, so that all its tiles are alike.
     """
 
     clip: int
@@ -59,10 +62,11 @@ class _Strip(NamedTuple):
     key_rows: slice
     key_cols: slice
 
-    @property
-    def keys(self) -> tuple:
-        """Where the keys lie in [B, T, H, W, ..]."""
-        return self.clip, self.frames, self.key_rows, self.key_cols
+    def keys(self, height: int) -> tuple[tuple, slice]:
+        """Where the keys lie in [B, T, H, W, ..], and their rows among those of the rectangle."""
+        first, last = max(self.key_rows.start, 0), min(self.key_rows.stop, height)
+        inside = slice(first - self.key_rows.start, last - self.key_rows.start)
+        return (self.clip, self.frames, slice(first, last), self.key_cols), inside
 
     def queries(self, first_row: int) -> tuple:
         """Where the queries lie in [B, T, h, W, ..], which starts at first_row of the frame."""
@@ -104,10 +108,12 @@ def _strip(
     halo: int, step: int, shape: torch.Size,
 ) -> _Strip:  # fmt: skip
     """The queries top .. bottom, left .. right with the keys [B, T, H, W, D] around them."""
-    near = (
+    near = [
         slice(max(first - halo, 0), min(last + halo, size))
         for first, last, size in ((top, bottom, shape[2]), (left, right, shape[3]))
-    )
+    ]
+    if 2 * halo <= bottom - top:
+        near[0] = slice(top - halo, bottom + halo)
     return _Strip(clip, frames, slice(top, bottom), slice(left, right), halo, step, *near)
 
 
@@ -124,10 +130,14 @@ def _longest(c: float, eta: float) -> int:
 
 
 def _first_strips(
-    halo: int, rows: int, first_row: int, shape: torch.Size, longest: int
+    certificate: "_Certificate", rows: int, first_row: int, shape: torch.Size, longest: int
 ) -> Iterator[_Strip]:
-    """All queries with one halo; shape is that of the keys [B, T, H, W, D]."""
+    """All queries, each strip with the halo that the certificate holds by then.
+
+    shape is that of the keys [B, T, H, W, D].
+    """
     clips, frames, height, width, d = shape
+    halo = certificate.halo
     step, across = (4, 8) if halo < NEAR else (16, 16)
     if halo >= max(height, width):
         step = STRIP  # all tiles meet the same keys
@@ -139,19 +149,18 @@ def _first_strips(
             for top in range(first_row, first_row + rows, longest):
                 for left in range(0, width, across):
                     bottom, right = min(top + longest, first_row + rows), min(left + across, width)
-                    at = slice(t, min(t + some, frames))
+                    at, halo = slice(t, min(t + some, frames)), certificate.halo
                     yield _strip(clip, at, top, left, bottom, right, halo, step, shape)
 
 
-def _second_strips(
-    needed: Tensor, halo: int, rows: int, first_row: int, shape: torch.Size, cell: int
-) -> Iterator[_Strip]:
-    """The cells [B, T, y, x] of queries that need more than the halo of the first pass."""
-    for clip, t, y, x in (needed > halo).nonzero().tolist():
-        top, left = first_row + y * cell, x * cell
-        bottom, right = min(top + cell, first_row + rows), min(left + cell, shape[3])
-        certified = int(needed[clip, t, y, x])
-        yield _strip(clip, slice(t, t + 1), top, left, bottom, right, certified, cell, shape)
+def _second_strips(needed: Tensor, strip: _Strip, shape: torch.Size, cell: int) -> Iterator[_Strip]:
+    """The cells [T, y, x] of a strip's queries that need more than its halo."""
+    for t, y, x in (needed > strip.halo).nonzero().tolist():
+        frame = strip.frames.start + t
+        top, left = strip.rows.start + y * cell, strip.cols.start + x * cell
+        bottom, right = min(top + cell, strip.rows.stop), min(left + cell, strip.cols.stop)
+        at, halo = slice(frame, frame + 1), int(needed[t, y, x])
+        yield _strip(strip.clip, at, top, left, bottom, right, halo, cell, shape)
 
 
 def _beside(x: Tensor, columns: Tensor) -> Tensor:
@@ -162,8 +171,10 @@ def _beside(x: Tensor, columns: Tensor) -> Tensor:
 class _Operands:
     """Augmented queries, keys and values of one strip after the other."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, c: Tensor, first_row: int):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, c: Tensor, first_row: int, largest: float):
         self.q, self.k, self.v, self.c, self.first_row = q, k, v, c, first_row
+        # nats below 0 at which ten thousand keys are nothing beside the pixel's own
+        self.nothing = largest + math.log(1e4 / torch.finfo(c.dtype).eps)
         self.memory = c.new_empty(0)  # of the windows
         self.known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -178,13 +189,18 @@ class _Operands:
         query_columns, key_columns = self._columns(strip)
         at = strip.queries(self.first_row)
         queries = _beside(self.q[at[0]][at[2:]], self.c * query_columns)
-        k, v = self.k[strip.keys], self.v[strip.keys]
-        shape = (2, *k.shape[:-1], k.shape[-1] + 4)
+        place, inside = strip.keys(self.k.shape[2])
+        k, v = self.k[place], self.v[place]
+        shape = (2, k.shape[0], *key_columns.shape[:2], k.shape[-1] + 4)
         if self.memory.numel() < math.prod(shape):
             self.memory = self.c.new_empty(math.prod(shape))
         window = self.memory[: math.prod(shape)].view(shape)
-        window[0, ..., :-4], window[1, ..., :-4] = k, v
+        window[0, :, inside, :, :-4], window[1, :, inside, :, :-4] = k, v
         window[..., -4:] = key_columns
+        for beyond in (slice(0, inside.start), slice(inside.stop, shape[2])):
+            if beyond.start < beyond.stop:
+                window[:, :, beyond, :, :-4] = 0
+                window[0, :, beyond, :, -2] += self.nothing / self.c
         return queries, query_columns, window
 
     def _columns(self, strip: _Strip) -> tuple[Tensor, Tensor]:
@@ -288,34 +304,37 @@ class _CrossFrame(torch.autograd.Function):
         displacement = q.new_empty(b, t, rows, width, 2, dtype=work)
         lse = q.new_empty(b, t, rows, width, dtype=work)
         visited = torch.empty_like(lse)  # keys per query
-        operands = _Operands(q, k, v, c, first_row)
 
-        def run(strips: list[_Strip]) -> None:
-            for strip in strips:
-                at = strip.queries(first_row)
-                qa, columns, window = operands.of(strip)
-                for own, keys, o_own, lse_own in _attend(qa, window, strip):
-                    targets = (x[at][:, own] for x in (o, displacement, lse))
-                    o_at, displacement_at, lse_at = (
-                        x.unflatten(1, lse_own.shape[1:3]) for x in targets
-                    )
-                    place = (columns[own, :, :2] / 2).unflatten(0, lse_own.shape[1:3])
-                    o_at.copy_(o_own[..., :d])
-                    torch.sub(o_own[..., d : d + 2], place, out=displacement_at)
-                    lse_at.copy_(lse_own)
-                    visited[at][:, own] = keys
+        def run(strip: _Strip) -> None:
+            at = strip.queries(first_row)
+            qa, columns, window = operands.of(strip)
+            for own, keys, o_own, lse_own in _attend(qa, window, strip):
+                targets = (x[at][:, own] for x in (o, displacement, lse))
+                o_at, displacement_at, lse_at = (
+                    x.unflatten(1, lse_own.shape[1:3]) for x in targets
+                )
+                place = (columns[own, :, :2] / 2).unflatten(0, lse_own.shape[1:3])
+                o_at.copy_(o_own[..., :d])
+                torch.sub(o_own[..., d : d + 2], place, out=displacement_at)
+                lse_at.copy_(lse_own)
+                visited[at][:, own] = keys
 
         certificate = _Certificate(q, k, c.item(), eta)
-        place = rows, first_row, k.shape
+        largest = certificate.largest.max().item()
+        operands = _Operands(q, k, v, c, first_row, largest)
         longest = _longest(c.item(), eta)
-        first = list(_first_strips(certificate.halo, *place, longest))
-        run(first)
         cell = min(CELL, longest)
-        needed = certificate.needed(lse, cell)
-        second = list(_second_strips(needed, certificate.halo, *place, cell))
-        run(second)
+        first, second = [], []
+        for strip in _first_strips(certificate, rows, first_row, k.shape, longest):
+            run(strip)
+            first.append(strip)
+            if strip.halo < certificate.everything:
+                needed = certificate.needed(strip.queries(first_row), lse, cell)
+                second += _second_strips(needed, strip, k.shape, cell)
+        for strip in second:
+            run(strip)
         ctx.save_for_backward(q, k, v, c, o, displacement, lse)
-        ctx.first, ctx.second, ctx.first_row = first, second, first_row
+        ctx.first, ctx.second, ctx.first_row, ctx.largest = first, second, first_row, largest
         return o, displacement, lse, visited.mean().item() / (k.shape[2] * k.shape[3])
 
     @staticmethod
@@ -325,7 +344,7 @@ class _CrossFrame(torch.autograd.Function):
         d = q.shape[-1]
         dq, dk, dv = (torch.zeros_like(x, dtype=c.dtype) for x in (q, k, v))
         dc = torch.zeros_like(c)
-        operands = _Operands(q, k, v, c, ctx.first_row)
+        operands = _Operands(q, k, v, c, ctx.first_row, ctx.largest)
         replaced = torch.zeros_like(lse, dtype=torch.bool)  # by the second pass
         for strip in ctx.second:
             replaced[strip.queries(ctx.first_row)] = True
@@ -347,8 +366,9 @@ class _CrossFrame(torch.autograd.Function):
             dqa = _attend_backward(doa, qa, window, dwindow, strip)
             dc += (dqa[..., d:] * columns).sum()
             dq[at[0]][at[2:]] += dqa[..., :d].sum(0)
-            dk[strip.keys] += dwindow[0, ..., :d]
-            dv[strip.keys] += dwindow[1, ..., :d]
+            place, inside = strip.keys(k.shape[2])
+            dk[place] += dwindow[0, :, inside, :, :d]
+            dv[place] += dwindow[1, :, inside, :, :d]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dc, None, None
 
 
@@ -362,27 +382,32 @@ class _Certificate:
         eta: bound on the dropped part of the softmax, relative to the kept part; 0 keeps all.
 
     Attributes:
-        halo: pixels around a tile in the first pass; max(H, W) keeps all keys.
+        halo: pixels around the next tile in the first pass; max(H, W) keeps all keys.
     """
 
     def __init__(self, q: Tensor, k: Tensor, c: float, eta: float):
         self.everything = max(k.shape[2:4])
         self.halo = self.everything
-        if eta == 0 or c == 0 or k.shape[2] * k.shape[3] <= SMALL:
-            return
         work = torch.promote_types(q.dtype, torch.float32)
         length = torch.linalg.vector_norm(q, dim=-1, dtype=work)  # [B, h, W]
         longest = torch.linalg.vector_norm(k, dim=-1, dtype=work).amax((2, 3))  # [B, T]
         self.largest = length[:, None] * longest[..., None, None]  # logit of any query and frame
+        if eta == 0 or c == 0 or k.shape[2] * k.shape[3] <= SMALL:
+            return
         self.least = math.log(eta)
         self.outside = _gaussian_outside(c, self.everything)
         self.halo = int(self._halos(torch.tensor(SLACK)))
 
-    def needed(self, lse: Tensor, cell: int) -> Tensor:
-        """The certified halo of each cell [B, T, y, x], from lse [B, T, h, W] over kept keys."""
-        if self.halo == self.everything:
-            return torch.zeros(1, 1, 1, 1)
-        return self._halos(F.max_pool2d(self.largest - lse, cell, ceil_mode=True).cpu())
+    def needed(self, at: tuple, lse: Tensor, cell: int) -> Tensor:
+        """The halos [T, y, x] that the cells of a strip need by the lse [B, T, h, W] over its keys.
+
+        The next strip's halo is the one that sufficed for most of these cells.
+        """
+        spread = F.max_pool2d(self.largest[at] - lse[at], cell, ceil_mode=True)
+        halos = self._halos(spread.cpu())
+        share = math.ceil(ENOUGH * halos.numel())
+        self.halo = int(halos.flatten().kthvalue(share).values)
+        return halos
 
     def _halos(self, spread: Tensor) -> Tensor:
         """Pixels beyond which keys weigh less than eta, if logits exceed the LSE by `spread`."""

@@ -473,6 +473,7 @@ def _share_threads(pool: ThreadPoolExecutor, workers: int, threads: int) -> None
 
 
 def _take_threads(number: int, met: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first question would overwrite what is set before it
     torch.set_num_threads(number)
     met.wait()
 

@@ -646,6 +646,16 @@ def test_side_by_side_keeps_the_callers_threads(model):
     assert seen == [before]
 
 
+def test_side_by_side_workers_share_the_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        shares = stream.side_by_side(lambda _: torch.get_num_threads(), range(6), 2)
+        assert set(shares) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("at", [1, 6])
 def test_side_by_side_an_error_comes_through_and_the_threads_end(model, at):
     running = threading.active_count()
