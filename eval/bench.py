@@ -49,11 +49,12 @@ from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
 from mana_triton.checkpoint import named_weights
 from mana_triton.kernels import reference
 from mana_triton.model import SCALE
+from mana_triton.planner import Plan, predict
 from mana_triton.stream import DTYPES, TOLERANCE, Upscaler
 from mana_triton.video import open_reader, open_writer
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
-PARTS = ("attention", "model", "pipeline", "memory", "import")
+PARTS = ("attention", "model", "pipeline", "plan", "memory", "import")
 SIZE = (64, 112)  # low-resolution rows and columns of the paper's 448x256 frames
 Row = dict[str, Any]
 
@@ -93,7 +94,7 @@ def bench_attention(threads: int) -> list[Row]:
         for name in variants:
             rows.append(summarize(f"forward, {logits}, {name}", ms[name], ms["dense eager"]))
         rows[-1]["relative_error"] = float((fast - exact).norm() / exact.norm())
-    rows[1]["extra_mib"] = _peak_of("_forward_peak", threads)
+    rows[1]["extra_mib"] = peak_of("_forward_peak", threads)
     inputs = [x.requires_grad_() for x in _attention_inputs()]
     upstream = torch.randn_like(inputs[1])
     ms = interleave(
@@ -101,7 +102,7 @@ def bench_attention(threads: int) -> list[Row]:
     )
     for name in variants:
         rows.append(summarize(f"forward + backward, q.k/8, {name}", ms[name], ms["dense eager"]))
-    rows[-1]["extra_mib"] = _peak_of("_backward_peak", threads)
+    rows[-1]["extra_mib"] = peak_of("_backward_peak", threads)
     return rows
 
 
@@ -185,11 +186,12 @@ def _status_mib(status: Path, key: str) -> float:
     return int(status.read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def _peak_of(function: str, threads: int) -> float:
+def peak_of(function: str, threads: int) -> float:
     """Result of a function of this file in a fresh process."""
+    call = function if function.endswith(")") else f"{function}()"
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; "
-        f"torch.set_num_threads({threads}); print(bench.{function}())"
+        f"torch.set_num_threads({threads}); print(bench.{call})"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -246,6 +248,56 @@ def bench_memory(threads: int) -> list[Row]:
                 }
             )
     return rows
+
+
+# preset, height, width and plan, as workers, tile, band and rows, whose peaks are measured
+PLANS = (
+    ("tiny", 128, 224, (2, 0, 64, 0)),
+    ("tiny", 180, 320, (1, 0, 64, 0)),
+    ("tiny", 270, 480, (1, 64, 32, 0)),
+    ("tiny", 360, 640, (1, 128, 64, 0)),
+    ("tiny", 360, 640, (1, 64, 16, 64)),
+    ("small", 128, 224, (1, 0, 64, 0)),
+    ("small", 180, 320, (1, 48, 32, 0)),
+    ("small", 180, 320, (1, 48, 16, 32)),
+)
+
+
+def bench_plan(threads: int) -> list[Row]:
+    """Peak memory that the planner predicts for a stream, and what it takes."""
+    rows: list[Row] = []
+    for preset, height, width, plan in PLANS:
+        predicted = predict(MANAConfig.preset(preset), 4, height, width, Plan(*plan)) / 2**20
+        call = f"plan_peak({preset!r}, {height}, {width}, {plan})"
+        measured = peak_of(call, threads)
+        division = ", ".join(map(str, plan))
+        rows.append(
+            {
+                "what": f"{preset}, {width}x{height}, workers, tile, band, rows {division}",
+                "predicted_mib": predicted,
+                "extra_mib": measured,
+                "predicted_share": predicted / measured,
+            }
+        )
+    return rows
+
+
+def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int]) -> float:
+    """MiB that a stream of nine frames takes at its peak beyond what the process held before."""
+    host.tune()
+    torch.manual_seed(0)
+    model = MANA(MANAConfig.preset(preset))
+    torch.nn.init.normal_(model.w_z.weight, std=0.01)
+    upscaler = Upscaler(model, device="cpu", scene_cuts=False)
+    list(upscaler.stream(demo_frames((32, 40), 8)))  # what the first call alone takes
+    clip = demo_frames((height, width), 9)
+    upscaler.plans[height, width] = Plan(*plan)
+
+    def run() -> None:
+        for _ in upscaler.stream(iter(clip)):
+            pass
+
+    return _resident_peak(run)
 
 
 def bench_import(threads: int) -> list[Row]:
@@ -312,7 +364,7 @@ def show(rows: list[Row], title: str | None = None, caption: str | None = None) 
         "ms": "ms", "p20": "p20", "p80": "p80", "runs": "runs", "fps": "fps",
         "gflop_per_s": "GFLOP/s", "gb_per_s": "GB/s",
         "times_faster": "x faster", "noise_percent": "noise %", "percent_of_floor": "% of floor",
-        "extra_mib": "extra MiB",
+        "predicted_mib": "predicted MiB", "extra_mib": "extra MiB", "predicted_share": "ratio",
         "peak_mib": "peak MiB", "relative_error": "rel. error", "over_torch_ms": "over torch, ms",
         "note": "",
     }  # fmt: skip
@@ -737,7 +789,7 @@ def _several(
             return {}
         windows = window.expand(len(clip), -1, -1, -1, -1).contiguous()
         return {f"ours, batch of {len(clip)}, 7 encodes": lambda: one.model(windows)}
-    if (workers := upscaler.workers_for(*clip.shape[1:3])) == 1:
+    if (workers := upscaler.plan_for(*clip.shape[1:3]).workers) == 1:
         return {}
     return {f"ours, {workers} side by side": lambda: list(upscaler.stream(clip))}
 

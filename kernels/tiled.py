@@ -426,6 +426,34 @@ def _gaussian_outside(c: float, longest: int) -> Tensor:
     return (beyond * (2 * tail[0] - beyond)).log()
 
 
+def certified_radius(
+    q: Tensor, k: Tensor, longest: Tensor, sigma: Tensor, scale: Tensor, eta: float
+) -> int:
+    """Pixels around queries beyond which no key of a frame of any size counts.
+
+    Beyond it the softmax of the bias form keeps less than eta of what lies within, whatever the
+    keys there are: the log-sum-exp is at least the logit of a query's own pixel.
+
+    Args:
+        q: [B, h, W, D] queries.
+        k: [B, T, h, W, D] keys of the same pixels.
+        longest: [B, T] norm of the longest key of each frame.
+        sigma, scale: [], as of `cross_frame_attention`; sigma is finite.
+        eta: as its tolerance, > 0.
+    """
+    c = 1 / (2 * sigma.double().square())
+    length = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64)
+    spread = torch.tensor(0.0, dtype=torch.float64)
+    for t in range(k.shape[1]):
+        own = (q * k[:, t]).sum(-1, dtype=torch.float64)
+        most = length * longest[:, t, None, None] - own
+        spread = torch.maximum(spread, (most * scale).amax().cpu())
+    # far beyond what any radius is: where the Gaussian alone is below eta
+    enough = math.ceil(math.sqrt(2 * (spread.item() - math.log(eta) + 40)) * sigma.item()) + 1
+    outside = _gaussian_outside(c.item(), enough)
+    return int(torch.searchsorted(-outside, spread - math.log(eta)))
+
+
 class _PlainLSE(torch.autograd.Function):
     """Log-sum-exp of q.k over all keys, dense in chunks of queries: [B, T, h, W]."""
 

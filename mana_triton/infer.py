@@ -50,7 +50,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import preview, segments
+from . import planner, preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
 from .model import MANA, SCALE
@@ -63,7 +63,18 @@ READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", "
 CENTURY = 3.2e9  # seconds; what a time of a video may be at most
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
 # flags that do not change a frame of the result; all others must stay as they were to continue
-PASSING = ("input", "output", "overwrite", "restart", "preview", "benchmark", "model", "backend")
+PASSING = (
+    "input",
+    "output",
+    "overwrite",
+    "restart",
+    "preview",
+    "benchmark",
+    "model",
+    "backend",
+    "tile",
+    "memory_budget",
+)
 # methods that --benchmark times, and what they do
 STAGES = {"read": "decode video", "encode": "features", "fuse": "attention", "decode": "decoder"}
 
@@ -86,6 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--backend", default="auto", choices=BACKENDS, help="of the attention (default: auto)")
     add("--precision", default="auto", choices=("auto", *DTYPES))
+    add("--memory-budget", type=_bytes, metavar="SIZE", help="bytes to take at most, as 8G; tiles"
+        " and frames at once follow (default: four fifths of the memory)")  # fmt: skip
     help_tile = "side of the decoder's tiles in input pixels, 0: whole frame (default: auto)"
     add("-t", "--tile", default="auto", type=_tile, metavar="TILE|auto|0", help=help_tile)
     add("--codec", default="libx264", help="an FFmpeg video encoder (default: libx264)")
@@ -126,6 +139,13 @@ def _tile(text: str) -> int | str:
     if tile < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {tile}")
     return tile
+
+
+def _bytes(text: str) -> int:
+    try:
+        return planner.parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _number(text: str) -> int:
@@ -218,7 +238,8 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
     flags = {key: value for key, value in vars(args).items() if key not in PASSING}
     engine = {
         "device": upscaler.device.type, "precision": upscaler.precision,
-        "backend": upscaler.backend, "tile": upscaler.tile_for(reader.height, reader.width)[0],
+        "backend": upscaler.backend, **_division(reader, upscaler),
+        "band": upscaler.plan_for(reader.height, reader.width).band,
     }  # fmt: skip
     return {
         "settings": flags | engine | {"options": dict(args.options)},
@@ -253,20 +274,21 @@ def _kept(writer, length: int) -> Iterator[None]:
 
 
 def _describe(reader, upscaler: Upscaler) -> None:
-    division = _division(reader, upscaler)
-    tile, workers = division["tile"], division["workers"]
-    why = upscaler.tile_for(reader.height, reader.width)[1]
+    plan = upscaler.plan_for(reader.height, reader.width)
+    parts = [f"tiles of {plan.tile} pixels" if plan.tile else "no tiles"]
+    if plan.rows:
+        parts.append(f"bands of {plan.rows} rows, encoded anew")
     console.print(
-        f"{upscaler.description}; "
-        + (f"tiles of {tile} pixels" if tile else "no tiles")
-        + f" ({why}); {workers} frame{'s' * (workers > 1)} at once",
+        f"{upscaler.description}; {', '.join(parts)} ({plan.why}); "
+        f"{plan.workers} frame{'s' * (plan.workers > 1)} at once; "
+        f"about {plan.peak / 2**30:.1f} GiB beside the program",
         markup=False,
     )
 
 
 def _division(reader, upscaler: Upscaler) -> dict[str, int]:
-    size = reader.height, reader.width
-    return {"tile": upscaler.tile_for(*size)[0], "workers": upscaler.workers_for(*size)}
+    plan = upscaler.plan_for(reader.height, reader.width)
+    return {"tile": plan.tile, "rows": plan.rows, "workers": plan.workers}
 
 
 def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str]:
@@ -394,7 +416,7 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
     try:
         upscaler = Upscaler(
             args.model, device=args.device, precision=args.precision, tile=args.tile,
-            backend=args.backend,
+            backend=args.backend, memory_budget=args.memory_budget,
         )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")

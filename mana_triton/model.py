@@ -137,6 +137,11 @@ class MANA(nn.Module):
         """Pixels of z on each side that an output pixel of `decode` depends on."""
         return 2 * self.config.decoder_blocks + 3
 
+    @property
+    def encoder_reach(self) -> int:
+        """Pixels of a frame on each side that a pixel of `extract` depends on."""
+        return 2 * self.config.encoder_blocks + 1
+
     def memory_parameters(self) -> list[nn.Parameter]:
         """The memory branch, what stage 2 of the training is about (section 3.4)."""
         return [self.memory, *self.w_z1.parameters()] if self.config.memory_slots else []
@@ -163,13 +168,18 @@ class MANA(nn.Module):
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
-        f = self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
-        normed = self.norm(f)
+        f = self.extract(frames)
+        return Features(f, *self.keys_values(self.norm(f)))
+
+    def extract(self, frames: Tensor) -> Tensor:
+        """Encoder features [N, C, H, W] of single frames [N, 3, H, W] in [0, 1]."""
+        return self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
+
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, H, W, D] of normalized features [N, C, H, W]."""
         k = rearrange(self.theta(normed), "n d h w -> n h w d")
         v = rearrange(self.g(normed), "n d h w -> n h w d")
-        if self.config.match == "cosine":
-            k = F.normalize(k, dim=-1)
-        return Features(f, k, v)
+        return (F.normalize(k, dim=-1) if self.config.match == "cosine" else k), v
 
     def queries(self, f: Tensor) -> Tensor:
         """Queries of encoder features, as the memory sees them: [N, C, H, W] -> [N, H, W, D]."""

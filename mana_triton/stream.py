@@ -4,8 +4,11 @@ A stream encodes every frame once and keeps the features of seven frames. Frame 
 frame c + 3 has arrived (or the stream has ended). The window is mirrored at the ends of the
 stream and at scene cuts, without repeating the end frame: nothing is taken from another scene.
 
-Only the decoder works in tiles. Features and attention always see the whole frame, and a tile
-carries the decoder's receptive field as a halo, so tiles change nothing but rounding.
+The decoder works in tiles, which carry its receptive field as a halo. Features are those of whole
+frames, as long as there is memory for them; otherwise bands of rows are made from neighborhoods
+that are encoded anew, as far as the attention's certificate and all receptive fields reach, with
+the whole frame's normalization. Neither changes anything but rounding and what the certificate's
+tolerance leaves. When memory runs out all the same, half of the largest part is tried.
 
 On a CPU small frames are enlarged side by side, each by its share of the threads: the operations
 of one small frame are too short for several cores.
@@ -15,28 +18,33 @@ import contextlib
 import copy
 import math
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from . import planner
 from .attention import choose_backend
 from .checkpoint import load
+from .kernels.tiled import certified_radius
 from .model import MANA, SCALE, Features
+from .planner import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TILE_BYTES = 256 << 20  # activations of the decoder that are alive at once
-BAND = 64  # rows of the attention's queries at once
 TOLERANCE = 0.03  # of the attention's certificate: on real clips below 0.001 of a step of 8 bits
 
+_WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 Picture = np.ndarray | Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,23 +55,31 @@ def _plain(function: Callable[P, R]) -> Callable[P, R]:
     return torch.inference_mode(False)(torch.no_grad()(function))
 
 
-class _Encoded(NamedTuple):
-    """One frame of a stream that waits to be enlarged."""
+@dataclass
+class _Encoded:
+    """One frame of a stream."""
 
     frame: Picture
     lr: Tensor  # [1, 3, H, W] in [0, 1]
-    f: Tensor  # [1, C, H, W] encoder features
     number: int
     scene: int  # number of the scene's first frame
+    f: Tensor | None = None  # [1, C, H, W] encoder features while it waits to be enlarged
+    norm: tuple[Tensor, Tensor] | None = None  # GroupNorm's scale and shift [1, C, 1, 1], if known
+    longest: float = 0.0  # norm of its longest key, if norm is known
 
 
-class _Window(NamedTuple):
+@dataclass
+class _Window:
     """What it takes to enlarge one frame."""
 
     center: _Encoded
-    k: Tensor  # [1, S, H, W, D]
-    v: Tensor  # [1, S, H, W, D]
     order: list[int]  # which of the S frames stands at each of the T places
+    frames: list[_Encoded]  # the S different ones
+    f: Tensor | None = None  # [1, C, H, W] features of the center, z from the top on; None: anew
+    k: Tensor | None = None  # [1, S, H, W, D]
+    v: Tensor | None = None  # [1, S, H, W, D]
+    q: Tensor | None = None  # [1, H, W, D]
+    fused: int = 0  # rows of f that are z
 
 
 class _Keys:
@@ -82,14 +98,17 @@ class _Keys:
         self.k[:, number % self.frames] = features.k
         self.v[:, number % self.frames] = features.v
 
-    def window(self, numbers: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """K and v [1, S, H, W, D] of the different ones of these frames, and each one's place."""
+    def window(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """K and v [1, S, H, W, D] of frames in the order of their places."""
         places = [number % self.frames for number in numbers]
-        used = sorted(set(places))
-        order = [used.index(place) for place in places]
-        if len(used) == self.frames:
-            return self.k, self.v, order
-        return self.k[:, used], self.v[:, used], order
+        return (
+            (self.k, self.v)
+            if len(places) == self.frames
+            else (self.k[:, places], self.v[:, places])
+        )
+
+    def forget(self) -> None:
+        self.k = self.v = torch.empty(0)
 
 
 class Upscaler:
@@ -108,9 +127,13 @@ class Upscaler:
         workers: frames that are enlarged side by side; "auto" takes as many as the memory of
             one large frame holds, up to the threads of PyTorch on a CPU, and one on a GPU. Several
             read as many frames further ahead.
+        memory_budget: bytes that the process may hold at its peak (on a GPU: of its memory), which
+            decides about tile and workers where these are "auto"; None: four fifths of what the
+            computer has.
 
     Raises:
-        ValueError: a value out of range, or a device or backend that is not there.
+        ValueError: a value out of range, or a device or backend that is not there; from `stream`:
+            frames that do not fit the memory budget.
         CheckpointError: from `load`.
     """
 
@@ -125,6 +148,7 @@ class Upscaler:
         scene_cuts: bool = True,
         chunk: int = 1,
         workers: int | str = "auto",
+        memory_budget: int | None = None,
     ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,6 +165,13 @@ class Upscaler:
             raise ValueError(f"chunk must be a number of frames >= 1, got {chunk!r}")
         if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
             raise ValueError(f"workers must be 'auto' or a number >= 1, got {workers!r}")
+        if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+            raise ValueError(
+                f"memory_budget must be None or a number of bytes > 0, got {memory_budget!r}"
+            )
+        self.memory_budget = memory_budget
+        self.plans: dict[tuple[int, int], Plan] = {}  # by height and width
+        self.radius = planner.RADIUS  # of bands' neighborhoods: what the last one needed
         self.backend, reason = choose_backend(backend, self.device)
         self.tile, self.scene_cuts = tile, scene_cuts
         self.chunk, self.workers = chunk, workers
@@ -179,7 +210,7 @@ class Upscaler:
         frames = iter(frames)
         if (head := next(frames, None)) is None:
             return
-        workers = self.workers_for(*_to_tensor(head).shape[1:])
+        workers = self.plan_for(*_to_tensor(head).shape[1:]).workers
         numbered = enumerate(chain([head], frames), first)
         windows = self._windows(numbered, is_cut or self._cuts(), shared=workers > 1)
         if workers > 1:
@@ -192,28 +223,46 @@ class Upscaler:
         """How many frames before and after it a frame is enlarged with."""
         return self.model.config.frames // 2
 
-    def workers_for(self, height: int, width: int) -> int:
-        """How many frames of this size are enlarged side by side."""
-        if self.workers != "auto":
-            return int(self.workers)
-        if self.device.type != "cpu":
-            return 1
-        return max(min(TILE_BYTES // self._activations(height, width), torch.get_num_threads()), 1)
+    def plan_for(self, height: int, width: int) -> Plan:
+        """How the work on frames of this size is divided.
 
-    def tile_for(self, height: int, width: int) -> tuple[int, str]:
-        """Side of the decoder's tiles for a frame size, 0 for the whole frame, and the reason."""
-        if self.tile != "auto":
-            return int(self.tile), "as asked"
-        if self._activations(height, width) <= TILE_BYTES:
-            return 0, "the whole frame fits"
-        pixels = TILE_BYTES // self._activations(1, 1)
-        halo = 2 * self.model.receptive_field
-        return max(int(math.sqrt(pixels)) - halo, 32), f"{TILE_BYTES >> 20} MiB at once"
+        Raises:
+            ValueError: it does not fit the memory budget.
+        """
+        if (height, width) not in self.plans:
+            asked = self.memory_budget is not None
+            total = self.memory_budget if asked else planner.size(self.device)
+            share = 1 if asked else planner.SHARE
+            room = int(share * total) - planner.held(self.device) if total else sys.maxsize
+            single = self.device.type != "cpu" and self.workers == "auto"
+            self.plans[height, width] = planner.choose(
+                self.model.config,
+                DTYPES[self.precision].itemsize,
+                height,
+                width,
+                room=room,
+                asked=asked,
+                workers=1 if single else None if self.workers == "auto" else int(self.workers),
+                tile=None if self.tile == "auto" else int(self.tile),
+                threads=torch.get_num_threads(),
+            )
+        return self.plans[height, width]
 
-    def _activations(self, height: int, width: int) -> int:
-        """Bytes of the decoder's widest layers: 4C channels at x1, 2C at x2 and C/2 twice at x4."""
-        pixel = (4 + 8 + 16) * self.model.config.channels * DTYPES[self.precision].itemsize
-        return height * width * pixel
+    def _halve(self, frame: Tensor, error: BaseException) -> None:
+        """Plan for less memory from here on; raises the error if it is another or nothing is left.
+
+        frame: [1, 3, H, W], for its size.
+        """
+        height, width = frame.shape[2:]
+        if not planner.out_of_memory(error):
+            raise error
+        less = self.plan_for(height, width).halved(height, width)
+        local = self.model.config.gaussian == "bias" and math.isfinite(self.model.sigma)
+        if less is None or (less.rows and not local):
+            raise error
+        self.plans[height, width] = less
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _cuts(self) -> Callable[[Picture], bool]:
         return CutDetector().is_cut if self.scene_cuts else lambda _: False
@@ -226,28 +275,45 @@ class Upscaler:
     ) -> Iterator[_Window]:
         """One window for each frame; `shared` ones outlive the next."""
         keys = _Keys(self.model.config.frames)
+        recent: deque[_Encoded] = deque(maxlen=self.model.config.frames)
         waiting: deque[_Encoded] = deque()
         for encoded, features in self._encode(frames, is_cut):
-            keys.put(encoded.number, features)
+            if features is None:
+                keys.forget()
+                for frame in recent:
+                    frame.f = None
+            else:
+                keys.put(encoded.number, features)
+                encoded.f = features.f
+            recent.append(encoded)
             waiting.append(encoded)
             del features  # the copy in keys is enough
             if len(waiting) > self.reach:
-                yield self._window(waiting, keys, shared)
+                yield self._window(waiting, recent, keys, shared)
         while waiting:
-            yield self._window(waiting, keys, shared)
+            yield self._window(waiting, recent, keys, shared)
 
     @_plain
-    def _window(self, waiting: deque[_Encoded], keys: _Keys, shared: bool) -> _Window:
+    def _window(
+        self, waiting: deque[_Encoded], recent: deque[_Encoded], keys: _Keys, shared: bool
+    ) -> _Window:
         """The window of the first of the frames that wait, which leaves them."""
         end = max(e.number for e in waiting if e.scene == waiting[0].scene)
         center = waiting.popleft()
         around = range(center.number - self.reach, center.number + self.reach + 1)
-        k, v, order = keys.window([mirror(i, center.scene, end) for i in around])
-        return _Window(center, k.clone() if shared else k, v.clone() if shared else v, order)
+        numbers = [mirror(i, center.scene, end) for i in around]
+        different = sorted(set(numbers), key=lambda number: number % self.model.config.frames)
+        frames = [next(e for e in recent if e.number == number) for number in different]
+        window = _Window(center, [different.index(number) for number in numbers], frames)
+        if keys.k.numel():
+            window.f, center.f = center.f, None
+            k, v = keys.window(different)
+            window.k, window.v = (k.clone(), v.clone()) if shared else (k, v)
+        return window
 
     def _encode(
         self, frames: Iterator[tuple[int, Picture]], is_cut: Callable[[Picture], bool]
-    ) -> Iterator[tuple[_Encoded, Features]]:
+    ) -> Iterator[tuple[_Encoded, Features | None]]:
         size = scene = None
         while chunk := list(islice(frames, self.chunk)):
             lr = [_to_tensor(frame) for _, frame in chunk]
@@ -263,41 +329,169 @@ class Upscaler:
             for (number, frame), x in zip(chunk, stacked, strict=True):
                 if is_cut(frame) or scene is None:
                     scene = number
-                encoded = _Encoded(frame, x[None], features[0].f, number, scene)
-                yield encoded, features.popleft()  # none stays here: it is large
+                # none stays here: it is large
+                yield _Encoded(frame, x[None], number, scene), features.popleft()
 
     @_plain
-    def _features(self, lr: Tensor) -> list[Features]:
-        """Features of each of lr [N, 3, H, W]."""
-        x = lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
-        if self.device.type == "cpu":  # batches gain nothing here, and may round differently
-            return [self.model.encode(frame[None]) for frame in x]
-        features = self.model.encode(x)
+    def _features(self, lr: Tensor) -> list[Features | None]:
+        """Features of each of lr [N, 3, H, W]; None if frames are to be encoded by bands."""
+        x = self._input(lr)
+        if self.device.type == "cpu" or len(x) == 1:
+            # batches gain nothing on a CPU, and may round differently
+            return [self._features_of(frame) for frame in x]
+        try:
+            features = self.model.encode(x)
+        except (MemoryError, RuntimeError) as error:
+            if not planner.out_of_memory(error):
+                raise
+            return [self._features_of(frame) for frame in x]
         return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
+
+    def _features_of(self, frame: Tensor) -> Features | None:
+        """Features of one frame [3, H, W]."""
+        while not self.plan_for(*frame.shape[1:]).rows:
+            try:
+                return self.model.encode(frame[None])
+            except (MemoryError, RuntimeError) as error:
+                self._halve(frame[None], error)
+        return None
+
+    def _input(self, lr: Tensor) -> Tensor:
+        return lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
 
     @_plain
     def _enlarge(self, window: _Window) -> Picture:
-        """Enlarge the center frame of a window."""
-        center, k, v, order = window
-        q = self.model.queries(center.f)
-        z = center.f  # takes its place band by band
-        for top in range(0, z.shape[2], BAND):
-            rows = slice(top, top + BAND)
-            z[:, :, rows] = self.model.fuse(
-                z[:, :, rows], q[:, rows], k, v, first_row=top, order=order
-            )
-        del q
-        return self._decode(z, center.lr, center.frame)
+        """Enlarge the center frame of a window, in smaller parts each time memory runs out."""
+        lr = window.center.lr
+        out = self._canvas(window.center)
+        while True:
+            plan = self.plan_for(*lr.shape[2:])
+            if plan.rows:
+                window.f = window.k = window.v = window.q = None
+            try:
+                if window.f is None:
+                    self._enlarge_anew(out, window, plan)
+                else:
+                    z = self._fuse(window, plan.band)
+                    self._decode(out, z, lr, slice(0, lr.shape[2]), plan.tile)
+                break
+            except (MemoryError, RuntimeError) as error:
+                self._halve(lr, error)
+        if not isinstance(window.center.frame, Tensor):
+            return out.numpy()
+        return rearrange(out, "h w c -> c h w").to(window.center.frame).contiguous()
 
-    def _decode(self, z: Tensor, lr: Tensor, like: Picture) -> Picture:
-        """Decode z [1, C, H, W] tile by tile: [4H, 4W, 3] integers, or [3, 4H, 4W] in [0, 1]."""
+    def _fuse(self, window: _Window, band: int) -> Tensor:
+        """The decoder's z of a whole frame: takes the place of the center's features by bands."""
+        z, k, v = window.f, window.k, window.v
+        assert z is not None and k is not None and v is not None
+        if window.q is None:
+            window.q = self.model.queries(z)
+        while window.fused < z.shape[2]:
+            rows = slice(window.fused, window.fused + band)
+            z[:, :, rows] = self.model.fuse(
+                z[:, :, rows], window.q[:, rows], k, v, first_row=rows.start, order=window.order
+            )
+            window.fused = min(rows.stop, z.shape[2])
+        return z
+
+    def _enlarge_anew(self, out: Tensor, window: _Window, plan: Plan) -> None:
+        """Enlarge by bands of rows from neighborhoods that are encoded for them."""
+        lr = window.center.lr
+        height, halo = lr.shape[2], self.model.receptive_field
+        for frame in window.frames:
+            if frame.norm is None:
+                self._measure(frame, plan.rows)
+        for y0, y1 in _spans(height, plan.rows):
+            top, bottom = max(y0 - halo, 0), min(y1 + halo, height)
+            z = self._fuse_anew(window, top, bottom, plan.band)
+            part = out[SCALE * top : SCALE * bottom]
+            self._decode(part, z, lr[:, :, top:bottom], slice(y0 - top, y1 - top), plan.tile)
+
+    def _fuse_anew(self, window: _Window, top: int, bottom: int, band: int) -> Tensor:
+        """The decoder's z [1, C, bottom - top, W] of the rows top .. bottom."""
+        model, height = self.model, window.center.lr.shape[2]
+        cosine = model.config.match == "cosine"
+        scale = model.config.logit_scale or (model.config.channels // 2) ** -0.5
+        longest = torch.tensor([[frame.longest for frame in window.frames]])
+        f = self._rows(window.center, top, bottom)
+        q = rearrange(model.phi(self._normed(window.center, f)), "n d h w -> n h w d")
+        while True:
+            first, last = max(top - self.radius, 0), min(bottom + self.radius, height)
+            parts = [
+                model.keys_values(self._normed(frame, self._rows(frame, first, last)))
+                for frame in window.frames
+            ]
+            k, v = (torch.stack(x, 1) for x in zip(*parts, strict=True))
+            del parts
+            radius = certified_radius(
+                F.normalize(q, dim=-1) if cosine else q,
+                k[:, :, top - first : bottom - first],
+                longest.to(k.device),
+                model.sigma,
+                model.temperature if cosine else torch.tensor(scale, device=k.device),
+                TOLERANCE,
+            )
+            if radius <= self.radius or (first == 0 and last == height):
+                break
+            self.radius = radius
+        for start in range(0, bottom - top, band):
+            rows = slice(start, start + band)
+            f[:, :, rows] = model.fuse(
+                f[:, :, rows], q[:, rows], k, v,
+                first_row=top - first + start, order=window.order,
+            )  # fmt: skip
+        return f
+
+    def _rows(self, frame: _Encoded, first: int, last: int) -> Tensor:
+        """Encoder features [1, C, last - first, W] of some rows of a frame."""
+        start = max(first - self.model.encoder_reach, 0)
+        x = self._input(frame.lr[:, :, start : last + self.model.encoder_reach])
+        return self.model.extract(x)[:, :, first - start : last - start]
+
+    def _normed(self, frame: _Encoded, f: Tensor) -> Tensor:
+        """GroupNorm of some rows, with the numbers of the whole frame."""
+        assert frame.norm is not None
+        scale, shift = frame.norm
+        return (f * scale + shift).to(f.dtype)
+
+    def _measure(self, frame: _Encoded, rows: int) -> None:
+        """Find the normalization of a whole frame, and its longest key, band by band."""
+        norm, height = self.model.norm, frame.lr.shape[2]
+        sums = torch.zeros(2, norm.num_groups, dtype=torch.float64, device=self.device)
+        for first, last in _spans(height, rows):
+            f = rearrange(
+                self._rows(frame, first, last), "1 (g c) h w -> g (c h w)", g=len(sums[0])
+            )
+            sums += torch.stack([f.sum(1, dtype=torch.float64), (f.double().square()).sum(1)])
+        number = frame.lr[0, 0].numel() * norm.num_channels / norm.num_groups
+        mean = sums[0] / number
+        deviation = (sums[1] / number - mean.square() + norm.eps).sqrt()
+        each = norm.num_channels // norm.num_groups
+        mean, deviation = (x.repeat_interleave(each) for x in (mean, deviation))
+        scale = norm.weight.double() / deviation
+        shift = norm.bias.double() - mean * scale
+        work = torch.promote_types(DTYPES[self.precision], torch.float32)
+        frame.norm = scale[None, :, None, None].to(work), shift[None, :, None, None].to(work)
+        for first, last in _spans(height, rows):
+            k, _ = self.model.keys_values(self._normed(frame, self._rows(frame, first, last)))
+            length = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax().item()
+            frame.longest = max(frame.longest, length)
+
+    def _canvas(self, center: _Encoded) -> Tensor:
+        """Room for an enlarged frame [4H, 4W, 3], of integers as given or in [0, 1]."""
+        height, width = center.lr.shape[2:]
+        like = center.frame
         white = None if isinstance(like, Tensor) else np.iinfo(like.dtype).max
-        height, width = z.shape[2:]
-        tile, _ = self.tile_for(height, width)
+        kind = next(kind for kind, value in _WHITE.items() if value == (white or 1))
+        return torch.empty(SCALE * height, SCALE * width, 3, dtype=kind)
+
+    def _decode(self, out: Tensor, z: Tensor, lr: Tensor, wanted: slice, tile: int) -> None:
+        """Decode some rows of z [1, C, h, W] and lr [1, 3, h, W], tile by tile, into out."""
+        width, white = z.shape[3], _WHITE[out.dtype]
         halo = self.model.receptive_field
-        kind = {None: torch.float32, 255: torch.uint8, 65535: torch.uint16}[white]
-        out = torch.empty(SCALE * height, SCALE * width, 3, dtype=kind)
-        for y0, y1 in _spans(height, tile):
+        for first, last in _spans(wanted.stop - wanted.start, tile):
+            y0, y1 = wanted.start + first, wanted.start + last
             for x0, x1 in _spans(width, tile):
                 top, left = max(y0 - halo, 0), max(x0 - halo, 0)
                 region = (..., slice(top, y1 + halo), slice(left, x1 + halo))
@@ -305,12 +499,9 @@ class Upscaler:
                 rows = slice(SCALE * (y0 - top), SCALE * (y1 - top))
                 part = part[0, :, rows, SCALE * (x0 - left) : SCALE * (x1 - left)]
                 part = rearrange(part, "c h w -> h w c").clamp_(0, 1)
-                if white:
+                if white > 1:
                     part = part.mul_(white).round_()
                 out[SCALE * y0 : SCALE * y1, SCALE * x0 : SCALE * x1] = part
-        if not isinstance(like, Tensor):
-            return out.numpy()
-        return rearrange(out, "h w c -> c h w").to(like).contiguous()
 
 
 def upscale(

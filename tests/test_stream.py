@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mana_triton
-from mana_triton import checkpoint, stream
+from mana_triton import checkpoint, planner, stream
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, Features, MANAConfig
 from mana_triton.stream import CutDetector, Upscaler, in_thread, mirror, upscale
@@ -195,19 +195,20 @@ def test_tiles_bound_what_the_decoder_sees(model, monkeypatch):
     assert max(max(shape) for shape in seen) == largest
 
 
-def test_automatic_tiles_follow_the_budget(model, monkeypatch):
+def test_automatic_tiles_bound_the_activations(model, monkeypatch):
     frames = noise(1, 70, 90)
-    upscaler = Upscaler(model)
-    assert upscaler.tile_for(70, 90) == (0, "the whole frame fits")
-    tile, why = upscaler.tile_for(2160, 3840)
-    side = tile + 2 * model.receptive_field
+    plan = Upscaler(model).plan_for(70, 90)
+    assert (plan.tile, plan.why) == (0, "the whole frame fits")
+    plan = Upscaler(model).plan_for(2160, 3840)
+    side = plan.tile + 2 * model.receptive_field
     # activations of the widest layers: 4C at x1, 2C at x2, C/2 twice at x4, float32
     assert 0.9 * 2**28 < side**2 * 28 * CONFIG.channels * 4 <= 2**28
-    assert why == "256 MiB at once"
-    assert Upscaler(model, tile=48).tile_for(2160, 3840) == (48, "as asked")
+    assert plan.why == "256 MiB at once"
+    plan = Upscaler(model, tile=48).plan_for(2160, 3840)
+    assert (plan.tile, plan.why) == (48, "as asked")
     whole = run(model, frames)
-    monkeypatch.setattr(stream, "TILE_BYTES", 1 << 20)
-    assert 0 < upscaler.tile_for(70, 90)[0] < 70
+    monkeypatch.setattr(planner, "TILE_BYTES", 1 << 20)
+    assert 0 < Upscaler(model).plan_for(70, 90).tile < 70
     assert (run(model, frames) - whole).abs().max() <= ROUNDING
 
 
@@ -708,9 +709,9 @@ def test_results_are_ordinary_tensors(model, workers):
 def test_side_by_side_only_what_fits(model, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     small, large = Upscaler(model), Upscaler(MANA(MANAConfig.preset("paper")))
-    assert small.workers_for(8, 8) == 4
-    assert large.workers_for(64, 112) == 2  # 103 MB each of 256 MiB
-    assert large.workers_for(1080, 1920) == 1
-    assert Upscaler(model, workers=3).workers_for(1080, 1920) == 3
+    assert small.plan_for(8, 8).workers == 4
+    assert large.plan_for(64, 112).workers == 2  # 103 MB each of 256 MiB
+    assert large.plan_for(1080, 1920).workers == 1
+    assert Upscaler(model, workers=3).plan_for(1080, 1920).workers == 3
     with pytest.raises(ValueError, match="workers must be 'auto' or a number >= 1, got 0"):
         Upscaler(model, workers=0)
