@@ -17,6 +17,9 @@ from PIL import Image
 
 from .color import Color, alpha_of, to_rgb
 
+# Pillow's names of what is accepted, and FFmpeg's of those that can be deep. Pillow knows more
+# formats by their content, some of which start programs
+FORMATS = {"PNG": "png_pipe", "TIFF": "tiff_pipe", "JPEG": None, "WEBP": None, "BMP": None}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha, as in color.py
@@ -26,7 +29,7 @@ Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha
 def _opened(file: Path) -> Iterator[Image.Image]:
     """The picture; what Pillow raises for damaged files becomes an OSError."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=tuple(FORMATS)) as image:
             yield image
     except Image.DecompressionBombError as error:
         raise OSError("the picture is too large; shrink it first") from error
@@ -54,7 +57,8 @@ def read_picture(file: Path) -> Picture:
     with _opened(file) as image:
         deep, turn = _is_deep(image), _orientation(image)  # in this order: the latter loads
         if deep:
-            with av.open(f"file:{file}") as container:
+            # by its kind, as a name like a%03d.png would be a pattern of other names
+            with av.open(f"file:{file}", format=FORMATS[image.format or ""]) as container:
                 frame = next(container.decode(video=0))
             rgb, alpha = to_rgb(frame, Color(full_range=True)), alpha_of(frame)
         else:

@@ -14,7 +14,8 @@ import av
 import av.filter
 import numpy as np
 from av import logging
-from av.error import FFmpegError
+from av.container import InputContainer
+from av.error import ArgumentError, FFmpegError
 from av.format import Flags as FormatFlags
 from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image
@@ -26,6 +27,14 @@ from .frame import Frame, MediaError, Timed, explained, is_cover, reason
 
 MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
 MAX_STREAMS = 100
+
+# FFmpeg's kinds of files that are accepted: those that hold all of their data themselves. Playlists
+# (hls, concat, image2, ...) would open other files, and the network
+CONTAINERS = (
+    "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg",
+    "nut", "mxf", "gxf", "dv", "ivf", "rm", "wtv", "gif", "apng", "h264", "hevc", "m4v", "mjpeg",
+    "obu", "yuv4mpegpipe", "png_pipe", "jpeg_pipe", "webp_pipe", "tiff_pipe", "bmp_pipe",
+)  # fmt: skip
 
 _CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
 
@@ -49,11 +58,42 @@ class _Reader:
         self.close()
 
 
+def open_container(path: Path) -> InputContainer:
+    """Open a file of one of the CONTAINERS; FFmpeg may open nothing beside it.
+
+    Raises:
+        MediaError: it is of another kind.
+        FFmpegError, OSError: it cannot be read.
+    """
+    allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+
+    def opened() -> InputContainer:
+        return av.open(f"file:{path}", container_options=allowed, metadata_errors="replace")
+
+    try:
+        return opened()
+    except ArgumentError:  # which kind it is stands in FFmpeg's log alone
+        level = logging.get_level()
+        logging.set_level(logging.ERROR)
+        try:
+            with logging.Capture() as logs, suppress(ArgumentError):
+                return opened()
+        finally:
+            logging.set_level(level)
+        kind = next((name for _, name, line in logs if "not on whitelist" in line), None)
+        if kind is None:
+            raise
+        raise MediaError(
+            f"{path}: is of the kind '{kind}', not a video that holds its own data; accepted are"
+            f" {' '.join(CONTAINERS)}"
+        ) from None
+
+
 class VideoReader(_Reader):
     """Frames of a video stream of a file, in presentation order; iterate once.
 
     Args:
-        path: any file FFmpeg can decode.
+        path: a file of one of the CONTAINERS, in a codec that FFmpeg can decode.
         start: leave out frames before this many seconds (by seeking, not by decoding all).
         end: leave out frames at or after this many seconds.
         stream: index of the video stream in the file; None for the first.
@@ -101,14 +141,14 @@ class VideoReader(_Reader):
 
     def _open(self) -> None:
         with explained(self.path, "read it as a video"):
-            self._container = av.open(f"file:{self.path}", metadata_errors="replace")
+            self._container = open_container(self.path)
         try:
             self._stream = stream = self._choose_stream()
         except BaseException:
             self._container.close()
             raise
         stream.thread_type = "SLICE"  # frame threads hold frames, and lose them at damaged ends
-        self._damaged = 0
+        self.damaged = 0
         self.stream_index, self.time_base = stream.index, stream.time_base or 1 / Fraction(90000)
         rates = (stream.average_rate, stream.guessed_rate)
         self.rate = next((rate for rate in rates if rate and 1 <= rate <= 1000), Fraction(25))

@@ -1,5 +1,6 @@
 """What players see: streams, depth, HDR, fields and transparency, checked by ffmpeg and ffprobe."""
 
+import socket
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -457,6 +458,62 @@ def test_odd_names_are_only_names(name, tmp_path, monkeypatch):
     convert(Path(name), Path("out") / name)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
     assert len(media.frame_times(tmp_path / "out" / name)) == 3
+
+
+def playlist(folder: Path, kind: str, port: int) -> Path:
+    """A file that would make FFmpeg open others: `a.mp4` beside it, or a server."""
+    url = f"http://127.0.0.1:{port}/a.ts"
+    texts = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n",  # live: without an end
+        "concat": "ffconcat version 1.0\nfile a.mp4\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        f"m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    }
+    media.write_video(folder / "a.mp4", PICTURES[:3])
+    if kind == "image2":  # its own name is a pattern of other names
+        for name in ("frame%03d.png", "frame001.png"):
+            Image.fromarray(PICTURES[0]).save(folder / name)
+        return folder / "frame%03d.png"
+    path = folder / {"hls": "in.m3u8"}.get(kind, "in.mp4")
+    path.write_text(texts[kind])
+    return path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["hls", "concat", "sdp", "image2"])
+def test_nothing_but_the_file_is_opened(kind, tmp_path):
+    """A live playlist never ends; any may name files and servers that are nobody's business."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        path = playlist(tmp_path, kind, server.getsockname()[1])
+        with pytest.raises(MediaError) as caught:
+            open_reader(path)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    said = f"{path}: is of the kind '{kind}', not a video that holds its own data; accepted are mov"
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_container_of_the_readme_is_accepted(everything):
+    for suffix in (".mkv", ".mp4", ".mov", ".webm", ".ts", ".avi"):
+        with open_reader(everything(suffix)) as reader:
+            assert reader.width == 64
+
+
+def test_a_deep_picture_is_not_taken_for_a_pattern(tmp_path):
+    """FFmpeg, which reads 16 bits, would read frame001.png when it is given frame%03d.png."""
+    for name, code in (("frame%03d.png", 1000), ("frame001.png", 60000)):
+        images.write_picture(tmp_path / name, np.full((8, 8, 3), code, np.uint16))
+    assert images.read_picture(tmp_path / "frame%03d.png")[0].max() == 1000
+
+
+def test_a_picture_of_another_format_is_refused(tmp_path):
+    """Whatever its name says: Pillow starts Ghostscript for one of them."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(PICTURES[0]).save(tmp_path / "in" / "a.png", "eps")
+    with pytest.raises(MediaError, match=r"a.png: cannot read the picture: cannot identify"):
+        open_reader(tmp_path / "in")
 
 
 def test_links_and_the_input_itself_are_refused(tmp_path):
