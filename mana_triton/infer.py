@@ -190,7 +190,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             ):
                 frames = resumed
                 for rgb, frame, seen in results:
-                    writer.write(rgb, frame, seen)
+                    with _whole():
+                        writer.write(rgb, frame, seen)
                     frames += 1
         _show_notes([*reader.notes, *writer.notes], shown)
         if reader.truncated:
@@ -547,26 +548,55 @@ def _peak_mib() -> float | None:
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
+def _in_words(error: Exception, source: Path) -> str:
+    """One line for an error that ends the work on a file; raises all others again."""
+    if isinstance(error, MediaError | CheckpointError | OSError):
+        return str(error)
+    # PyTorch has a type of its own for this on a GPU only
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not (memory or "can't allocate memory" in str(error)):
+        raise error
+    return f"{source}: the memory is too small for this frame size; use a smaller -t, as -t 64"
+
+
+# a closed terminal and a polite kill clean up as Ctrl-C does
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+
+
+def _stop(*_: object) -> None:
+    """Of the signals: stop, once; impatience must not disturb the clean-up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """What is done in here is not interrupted by a signal that would stop it; that comes after."""
+    waiting: list[object] = []
+    handled = [number for number in SIGNALS if signal.getsignal(number) == _stop]
+    for number in handled:
+        signal.signal(number, lambda *_: waiting.append(_))
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, _stop)
+        if waiting:
+            _stop()
+
+
 def main() -> None:
     """Command line."""
     args = parse_args()
-    # a closed terminal and a polite kill clean up as Ctrl-C does
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        number = getattr(signal, name)
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _stop)
     try:
         summary, code = run(args)
-    except (MediaError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch says so with a type of its own on a GPU only
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (memory or "can't allocate memory" in str(error)):
-            raise
-        sys.exit("error: the memory is too small for this frame size; use a smaller -t, as -t 64")
+    except (MediaError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        sys.exit(f"error: {_in_words(error, args.input)}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not disturb the clean-up
         sys.exit("error: stopped; the same command continues")
     print(json.dumps(summary))
     sys.exit(code)
