@@ -34,6 +34,7 @@ class Frame:
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
         alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
+        damaged: frames of the file, up to this one, that were damaged or missing.
     """
 
     rgb: np.ndarray
@@ -42,6 +43,7 @@ class Frame:
     duration: int = 0
     name: str | None = None
     alpha: np.ndarray | None = None
+    damaged: int = 0
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
     notes: list[str]
+    damaged = 0
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -109,6 +110,7 @@ class VideoReader(_Reader):
             whether that is a guess because the file does not say; `color` has all tags.
         offset: seconds of the input that are zero of the output; not 0 if the start is cut.
         notes: lines the user should see.
+        damaged: frames so far that were damaged or missing.
         truncated: after iterating, why frames are missing or damaged; None if all is well.
 
     Raises:
@@ -281,7 +283,7 @@ class VideoReader(_Reader):
             if self.stop is not None and time >= self.stop:
                 return
             if time >= start:
-                self._damaged += frame.is_corrupt
+                self.damaged += frame.is_corrupt
                 yield frame
 
     def _progressive(self) -> Iterator[Timed]:
@@ -312,7 +314,7 @@ class VideoReader(_Reader):
             try:
                 frames = self._stream.decode(packet)
             except FFmpegError:
-                self._damaged += 1
+                self.damaged += 1
                 frames = []
             for frame in frames:
                 last, lasts = self._increasing(frame, last), frame.duration
@@ -341,8 +343,8 @@ class VideoReader(_Reader):
             self.truncated = f"reading stopped after {seconds:.2f} s: {stopped}"
         elif end - seconds > 2.5 / self.rate:
             self.truncated = f"the video stops at {seconds:.2f} s instead of {end:.2f} s"
-        elif self._damaged:
-            self.truncated = f"frames damaged or missing: {self._damaged}"
+        elif self.damaged:
+            self.truncated = f"frames damaged or missing: {self.damaged}"
 
     def __iter__(self) -> Iterator[Frame]:
         for picture in self._frames:
@@ -352,7 +354,8 @@ class VideoReader(_Reader):
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
             rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
-            yield Frame(rgb, picture.pts, self.time_base, picture.duration, alpha=alpha)
+            times = picture.pts, self.time_base, picture.duration
+            yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
     def close(self) -> None:
         """Close the file."""

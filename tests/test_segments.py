@@ -1,6 +1,7 @@
 """Work that survives: whatever stops a run, the next one ends with the same result."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,9 @@ from torch import nn
 
 from mana_triton import checkpoint, images
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.segments import LENGTH, Changed, Trail, frames_after
+from mana_triton.segments import LENGTH, Changed, Parts, Trail, frames_after, open_resumable
 from mana_triton.stream import CutDetector, Upscaler
-from mana_triton.video import Frame, VideoEncoder, open_reader
+from mana_triton.video import Frame, MediaError, VideoEncoder, open_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
@@ -516,6 +517,31 @@ def test_two_runs_at_once(begun, runner, whole, tmp_path):
     assert runner(*begun).summary["resumed"] == 15
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.EAGAIN, "{}: another process is writing it; wait for that one"),
+        (errno.EWOULDBLOCK, "{}: another process is writing it; wait for that one"),
+        (errno.ENOLCK, "{}.parts: cannot be locked: No locks available; write to a disk that allo"),
+        (errno.EOPNOTSUPP, "{}.parts: cannot be locked: Operation not supported; write to a disk "),
+        (errno.EACCES, "{}.parts: cannot be locked: permission denied; write to a disk that allow"),
+    ],
+)
+def test_a_lock_that_fails_says_why(code, message, tmp_path, monkeypatch):
+    output, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with pytest.raises(MediaError) as caught:
+            Parts(output, {}, False)
+    assert str(caught.value).startswith(message.format(output))
+    # what another process may have begun stays
+    assert parts.exists() == ("another" in message)
+
+
 @pytest.mark.parametrize("flags", [[], ["--restart"]])
 def test_a_folder_that_is_not_ours(flags, clip, weights, runner, tmp_path):
     output = tmp_path / "clip_x4.mp4"
@@ -703,6 +729,62 @@ def test_seeking_is_not_relied_on(clip, monkeypatch):
         assert reader.notes == ["seeking in this file is not exact; it is decoded from its start"]
     done["context"][1][1] = "0" * 64
     with open_reader(clip) as reader, pytest.raises(Changed, match="decodes to other pictures"):
+        frames_after(reader, done)
+
+
+def test_warnings_of_an_earlier_run_are_kept(weights, runner, tmp_path):
+    """Damage before the place where the second run continues."""
+    options = {"g": "5", "bf": "0", "qp": "0", "preset": "ultrafast"}
+    source = media.write_video(tmp_path / "in.mkv", pictures(), options=options, color=(1, 1, 1, 1))
+    with av.open(str(source)) as container:
+        starts = [packet.pos or 0 for packet in container.demux(video=0) if packet.size]
+    data = bytearray(source.read_bytes())
+    data[starts[5] + 30 : starts[6]] = bytes(starts[6] - starts[5] - 30)  # a key frame
+    source.write_bytes(data)
+    warnings = []
+    for name in ("whole", "resumed"):
+        arguments = command(source, weights, tmp_path / f"{name}.mkv")
+        if name == "resumed":
+            assert runner(*arguments, encode=15).code == 1
+        run = runner(*arguments)
+        assert (run.code, run.summary["resumed"] >= 6) == (0, name == "resumed"), run.err
+        warnings.append([line for line in run.err.splitlines() if line.startswith("warning: ")])
+    assert warnings[0] == warnings[1]
+    assert "damaged or missing: " in warnings[0][0]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_notes_of_an_earlier_run_are_kept(name, clip, tmp_path):
+    """What was said once, of a frame that the second run does not see."""
+    encoding: dict[str, Any] = {"options": VERYFAST} if name == "out.mp4" else {}
+    with open_reader(clip) as reader:
+        size = reader.width, reader.height
+        writer = open_resumable(tmp_path / name, reader, *size, job={}, length=6, **encoding)
+        trail, frames = Trail(3), list(reader)[:20]
+        for frame in frames:
+            writer.write(frame.rgb, frame, trail.see(frame)[1])
+            reader.notes += ["said of a frame"] * (frame is frames[2])
+        writer.abort()
+    with open_reader(clip) as reader:
+        writer = open_resumable(tmp_path / name, reader, *size, job={}, length=6, **encoding)
+        assert writer.number >= 15
+        assert writer.notes.count("said of a frame") == 1
+        writer.abort()
+
+
+def test_another_transparency_is_another_picture(tmp_path):
+    """A folder of pictures whose opacity alone has changed does not pass for the same."""
+    frames = list(pictures(4))
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        for number, rgb in enumerate(frames):
+            alpha = np.full(rgb.shape[:2], 90 if (name, number) == ("after", 2) else 100, np.uint8)
+            images.write_picture(tmp_path / name / f"{number}.png", rgb, alpha)
+    with open_reader(tmp_path / "before") as reader:
+        trail = Trail(3)
+        done = [trail.see(frame)[1] for frame in reader][-1].to_json()
+        list(frames_after(reader, done))
+    with open_reader(tmp_path / "after") as reader, pytest.raises(Changed, match="other pictures"):
         frames_after(reader, done)
 
 
