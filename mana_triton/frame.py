@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def reason(error: OSError | FFmpegError) -> str:
         errno.EACCES: "permission denied",
         errno.ENOSPC: "the disk is full; free some space or write elsewhere",
         errno.EFBIG: "disk full or file too large; write elsewhere",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
 
@@ -77,6 +79,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hidden(path: Path) -> Path:
+    """A name beside `path` under which it grows; the name of `path` may be as long as names can."""
+    return path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
 
 
 def is_cover(stream: Stream) -> bool:

@@ -53,6 +53,7 @@ from rich.table import Table
 from . import preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
+from .frame import explained
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, in_thread
@@ -173,7 +174,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         }  # fmt: skip
         writer = open_resumable(output, reader, sides * width, height, **settings)
         resumed = writer.number
-        with _kept(writer, args.segment), writer:
+        with _kept(writer), writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
             _describe(reader, upscaler)
             shown = _show_notes([*reader.notes, *writer.notes])
@@ -240,7 +241,7 @@ def _weights_hash(model: MANA) -> str:
 
 
 @contextlib.contextmanager
-def _kept(writer, length: int) -> Iterator[None]:
+def _kept(writer) -> Iterator[None]:
     """If what is done in here fails or is stopped, say what remains of it."""
     try:
         yield
@@ -248,7 +249,8 @@ def _kept(writer, length: int) -> Iterator[None]:
         if writer.number:
             kept = f"{writer.number} frames are kept; the same command continues there"
         else:
-            kept = f"nothing is kept, as fewer than the {length} frames of a segment were done"
+            few = f"fewer than the {writer.length} frames of a segment were done"
+            kept = f"nothing is kept, as {few}"
         console.print(f"note: {kept}", markup=False)
         raise
 
@@ -272,7 +274,7 @@ def _division(reader, upscaler: Upscaler) -> dict[str, int]:
 
 def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str]:
     """Print the notes that were not shown yet; returns all of them."""
-    for note in notes:
+    for note in dict.fromkeys(notes):
         if note not in shown:
             console.print(f"note: {note}", markup=False)
     return notes
@@ -427,16 +429,19 @@ def _run_folder(
     table = Table("video", "result", "frames", "ms/frame", title=escape(str(args.input)))
     for source, output in jobs:
         name = escape(source.name)
-        writes = not args.benchmark and args.preview is None
+        wanted = output if args.preview is None else _preview_path(output, args.preview)
         try:
-            if output.exists() and not args.overwrite and writes:
-                segments.sweep(output)
-                before.append(str(output))
+            with explained(wanted, "write"):
+                is_there = wanted.exists()
+            if is_there and not args.overwrite and not args.benchmark:
+                if args.preview is None:
+                    segments.sweep(output)
+                before.append(str(wanted))
                 table.add_row(name, "done before", "", "")
                 continue
             done.append(_work(source, output, upscaler, args))
-        except (MediaError, OSError) as error:
-            console.print(f"error: {error}", markup=False)
+        except (MediaError, OSError, MemoryError, RuntimeError) as error:
+            console.print(f"error: {_in_words(error, source)}", markup=False)
             failed.append(str(source))
             table.add_row(name, "[red]failed[/], see above", "", "")
         else:
@@ -458,17 +463,19 @@ def _run_folder(
 def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
     """One frame as the whole run would show it, beside bicubic."""
     began = time.perf_counter()
-    picture = output.with_name(f"{output.stem}_preview_{args.preview}.png")
+    picture = _preview_path(output, args.preview)
     if args.output and not _holds_videos(source):
         picture = args.output
     if picture.suffix.lower() != ".png":
         raise MediaError(f"{picture}: must end in .png, as --preview writes one picture")
-    if picture.is_symlink():
+    with explained(picture, "write"):
+        is_link, is_there = picture.is_symlink(), picture.exists()
+    if is_link:
         raise MediaError(f"{picture}: is a symbolic link; give the file's own name")
-    if picture.exists() and not args.overwrite:
+    if is_there and not args.overwrite:
         raise MediaError(f"{picture}: exists; use --overwrite or choose another output")
     with _open(source, args) as reader:
-        if picture.exists() and any(map(picture.samefile, getattr(reader, "files", [source]))):
+        if is_there and any(map(picture.samefile, getattr(reader, "files", [source]))):
             raise MediaError(f"{picture}: is the input itself; choose another output")
         _describe(reader, upscaler)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
@@ -482,6 +489,10 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
         "output": str(picture), "frames": 1, **size, "seconds": round(seconds, 3),
         "ms_per_frame": round(1000 * seconds, 2), **division,
     }  # fmt: skip
+
+
+def _preview_path(output: Path, number: int) -> Path:
+    return output.with_name(f"{output.stem}_preview_{number}.png")
 
 
 def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
