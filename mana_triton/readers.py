@@ -458,14 +458,11 @@ class ImageFolderReader(_Reader):
         self.frame_count, self._first = len(self.files), 0
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        self.width, self.height = _picture_size(self.files[0], limits)
         with explained(self.files[0], "read the picture"):
-            self.width, self.height = images.picture_size(self.files[0])
             self.bits = images.picture_bits(self.files[0])
-        if limits:
-            _check_size(self.files[0], self.width, self.height)
-        for file in self.files:  # now rather than after hours of work
-            with explained(file, "read the picture"):
-                size = images.picture_size(file)
+        for file in self.files[1:]:  # now rather than after hours of work
+            size = _picture_size(file, limits)
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
@@ -502,10 +499,7 @@ class AnimationReader(_Reader):
         self.offset, self.frame_count = _exact(start or 0), None
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
-        with explained(self.path, "read the animation"):
-            self.width, self.height = images.picture_size(self.path)
-        if limits:
-            _check_size(self.path, self.width, self.height)
+        self.width, self.height = _picture_size(self.path, limits)
         self._first = 1000 * self.offset
         first = next(iter(self), None)
         if first is None:
@@ -545,6 +539,13 @@ def open_reader(
         kind = ImageFolderReader if Path(path).is_dir() else AnimationReader
         return kind(path, start, end, limits=limits)
     return VideoReader(path, start, end, stream=stream, limits=limits)
+
+
+def _picture_size(file: Path, limits: bool) -> tuple[int, int]:
+    with explained(file, "read the picture"):
+        if limits:  # before the pixels are unpacked
+            _check_size(file, *images.coded_size(file))
+        return images.picture_size(file)
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -433,6 +433,10 @@ def test_limits_and_their_override(tmp_path, monkeypatch):
     Image.fromarray(PICTURES[0]).save(tmp_path / "in" / "a.png")
     with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels; use --no-limits"):
         open_reader(tmp_path / "in")
+    with monkeypatch.context() as patch:  # and before a bomb of pixels is unpacked
+        patch.setattr(Image.Image, "getexif", lambda _: pytest.fail("looked at the pixels"))
+        with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels"):
+            open_reader(tmp_path / "in")
     for path in (source, tmp_path / "in"):
         with open_reader(path, limits=False) as reader:
             assert reader.width == 48

@@ -143,7 +143,8 @@ def summary(intact: Path, cases: range, wrong: list[str]) -> str:
     """A table: how many files of each kind, and what went wrong with them."""
     files = sorted(intact.iterdir())
     kinds = sorted({file.suffix for file in files})
-    found = dict.fromkeys(itertools.product(kinds, ("files", "crashes", "hangs", "tracebacks")), 0)
+    what_for = ("files", "crashes", "hangs", "tracebacks")
+    found: dict[tuple[str, str], int] = dict.fromkeys(itertools.product(kinds, what_for), 0)
     for case in cases:
         found[files[case % len(files)].suffix, "files"] += 1
     for line in wrong:
@@ -152,7 +153,7 @@ def summary(intact: Path, cases: range, wrong: list[str]) -> str:
         found[files[int(number) % len(files)].suffix, what] += 1
     rows = ["| kind | files | crashes | hangs | tracebacks |", "|---|---|---|---|---|"]
     for kind in kinds:
-        row = [found[kind, what] for what in ("files", "crashes", "hangs", "tracebacks")]
+        row = [found[kind, what] for what in what_for]
         rows.append(f"| {kind[1:]} | " + " | ".join(f"{number:,}" for number in row) + " |")
     return "\n".join(rows)
 
@@ -166,6 +167,20 @@ def test_damage_is_repeatable_and_damages():
 
 def test_a_few_damaged_files(intact):
     assert run(intact, 0, 420) == []
+
+
+@pytest.mark.parametrize("case", [7054, 14960])
+def test_pictures_that_announce_gigabytes(case, intact):
+    """PNG files whose last block of pixels has a length near 2^32, which Pillow reserved."""
+    assert run(intact, case, case + 1) == []
+
+
+def test_more_than_a_file_has_is_not_reserved(tmp_path):
+    (tmp_path / "a").write_bytes(b"abcdef")
+    with images._File(tmp_path / "a") as file:
+        assert (file.read(2), file.read(1 << 50), file.read(1), file.read()) == (
+            b"ab", b"cdef", b"", b"",
+        )  # fmt: skip
 
 
 @pytest.mark.slow
