@@ -214,6 +214,8 @@ class Parts:
         self._manifest = self.path / "manifest"
         job = {"format": FORMAT} | json.loads(json.dumps(job))
         with explained(self.path, "write"):
+            if self.path.is_symlink():
+                raise MediaError(f"{self.path}: is a symbolic link; move it elsewhere")
             is_new = not self.path.exists()
             self.path.mkdir(exist_ok=True)
             try:

@@ -134,6 +134,28 @@ def test_streams_from_every_container_to_every_other(source, target, everything,
             assert abs(delay(out, "audio", last) - delay(path, "audio", last)) <= Fraction(1, 1000)
 
 
+def test_data_is_kept_packet_by_packet_or_named(tmp_path):
+    """Positions of a drone, as MPEG-TS carries them."""
+    plain, source = media.write_video(tmp_path / "plain.ts", PICTURES[:5]), tmp_path / "in.ts"
+    with av.open(str(plain)) as container, av.open(str(source), "w") as out:
+        video: Any = out.add_stream_from_template(container.streams.video[0], opaque=True)
+        data: Any = out.add_data_stream("klv")
+        for packet in cast(Any, container.demux(video=0)):
+            if packet.size:
+                position = av.Packet(b"\x06\x0e\x2b\x34" + bytes([packet.pts % 251]) * 60)
+                position.pts = position.dts = packet.pts
+                position.time_base, position.stream = packet.time_base, data
+                packet.stream = video
+                out.mux([position, packet])
+    convert(source, tmp_path / "out.ts")
+    assert len(media.packets(source, "data")) == 5
+    shift = media.frame_times(tmp_path / "out.ts")[0] - media.frame_times(source)[0]
+    moved = [(time + shift, digest) for time, digest in media.packets(source, "data")]
+    assert media.packets(tmp_path / "out.ts", "data") == moved
+    _, writer = convert(source, tmp_path / "out.mkv")
+    assert "data stream 1 (klv) is left out" in writer.notes
+
+
 def test_timecode_is_kept(everything, tmp_path):
     convert(everything(".mov"), tmp_path / "out.mov")
     [video, *_] = media.ffprobe(tmp_path / "out.mov")

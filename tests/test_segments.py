@@ -553,6 +553,15 @@ def test_a_folder_that_is_not_ours(flags, clip, weights, runner, tmp_path):
     assert letter.read_text() == "precious"
 
 
+def test_unfinished_work_is_not_put_behind_a_link(clip, weights, runner, tmp_path):
+    elsewhere, output = tmp_path / "elsewhere", tmp_path / "clip_x4.mp4"
+    elsewhere.mkdir()
+    (tmp_path / "clip_x4.mp4.parts").symlink_to(elsewhere)
+    run = runner(*command(clip, weights, output))
+    assert (run.code, list(elsewhere.iterdir())) == (1, [])
+    assert run.err == f"error: {output}.parts: is a symbolic link; move it elsewhere\n"
+
+
 # inputs and outputs of other kinds
 
 
