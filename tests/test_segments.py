@@ -322,12 +322,12 @@ def stop_at_lines(tries, clip, weights, runner, whole, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["_begin", "add"])
 def test_stopped_where_the_state_changes(name, clip, weights, runner, whole, tmp_path):
-    """At each line of the functions that begin and end the first segment."""
+    """At every second line of the functions that begin and end the first segment."""
     (tmp_path / "probe").mkdir()
     arguments = command(clip, weights, tmp_path / "probe" / "clip_x4.mp4")
     total = runner(*arguments, inside=name, line=0).operations
     assert total >= 4 * 4  # segments, lines
-    for line in range(1, total // 4 + 1):
+    for line in range(2, total // 4 + 1, 2):
         output = tmp_path / str(line) / "clip_x4.mp4"
         output.parent.mkdir()
         arguments = command(clip, weights, output)
