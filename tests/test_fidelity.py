@@ -521,10 +521,22 @@ def test_nothing_but_the_file_is_opened(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_every_container_of_the_readme_is_accepted(everything):
-    for suffix in (".mkv", ".mp4", ".mov", ".webm", ".ts", ".avi"):
-        with open_reader(everything(suffix)) as reader:
-            assert reader.width == 64
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video"), ("a.mxf", "mpeg2video"),
+     ("a.m2ts", "libx264"), ("a.3gp", "libx264"), ("a.ogv", "libtheora"), ("a.h264", "libx264"),
+     ("a.hevc", "libx265"), ("a.m4v", "libx264"), ("a.gif", "gif"), ("a.dv", "dvvideo")],
+)  # fmt: skip
+def test_files_that_hold_their_own_data_are_accepted(name, codec, tmp_path):
+    """Those whose names a folder of videos is searched for, and more."""
+    size = "720x576" if codec == "dvvideo" else "64x48"
+    lavfi = ("-f", "lavfi", "-i", f"testsrc2=s={size}:d=0.2:r=25")
+    media.ffmpeg(
+        *lavfi, "-c:v", codec, *(["-pix_fmt", "yuv420p"] * (codec != "gif")), tmp_path / name
+    )
+    with open_reader(tmp_path / name) as reader:
+        assert f"{reader.width}x{reader.height}" == size
+        assert len(list(reader)) >= 4
 
 
 def test_a_deep_picture_is_not_taken_for_a_pattern(tmp_path):
