@@ -12,7 +12,7 @@ from av.error import FFmpegError, InvalidDataError
 from av.stream import Stream
 
 from .frame import MP4_LIKE, MediaError, Timed, is_cover, reason
-from .readers import VideoReader
+from .readers import VideoReader, open_container
 
 if TYPE_CHECKING:
     from .video import VideoWriter
@@ -46,7 +46,7 @@ class Copier:
 
     def __init__(self, reader: VideoReader, writer: "VideoWriter"):
         self._reader, self._output, self._writer = reader, writer._container, writer
-        self._source = av.open(f"file:{reader.path}", metadata_errors="replace")
+        self._source = open_container(reader.path)
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
         self._converted: dict[int, Any] = {}

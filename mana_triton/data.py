@@ -190,17 +190,18 @@ class Source:
 
 def _read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames of the first video stream, [H, W, 3] uint8 RGB."""
-    import av
     from av.error import FFmpegError
 
+    from .readers import MediaError, open_container
+
     try:
-        with av.open(f"file:{path}") as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise DataError(f"{path} must have a video stream, it has none; remove it")
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
-    except FFmpegError as error:
+    except (FFmpegError, MediaError) as error:
         raise DataError(f"{path} must be a readable video, got: {error}; remove it") from error
 
 

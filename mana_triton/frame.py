@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class Frame:
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
         alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
+        damaged: frames of the file, up to this one, that were damaged or missing.
     """
 
     rgb: np.ndarray
@@ -42,6 +44,7 @@ class Frame:
     duration: int = 0
     name: str | None = None
     alpha: np.ndarray | None = None
+    damaged: int = 0
 
 
 @contextmanager
@@ -62,6 +65,7 @@ def reason(error: OSError | FFmpegError) -> str:
         errno.EACCES: "permission denied",
         errno.ENOSPC: "the disk is full; free some space or write elsewhere",
         errno.EFBIG: "disk full or file too large; write elsewhere",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
 
@@ -75,6 +79,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hidden(path: Path) -> Path:
+    """A name beside `path` under which it grows; the name of `path` may be as long as names can."""
+    return path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
 
 
 def is_cover(stream: Stream) -> bool:

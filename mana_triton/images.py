@@ -4,6 +4,7 @@ Pillow reads what has 8 bits per channel. It would silently halve deeper picture
 reads and writes.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -17,16 +18,31 @@ from PIL import Image
 
 from .color import Color, alpha_of, to_rgb
 
+# Pillow's names of what is accepted, and FFmpeg's of those that can be deep. Pillow knows more
+# formats by their content, some of which start programs
+FORMATS = {"PNG": "png_pipe", "TIFF": "tiff_pipe", "JPEG": None, "WEBP": None, "BMP": None}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha, as in color.py
+
+
+class _File(io.BufferedReader):
+    """A file that may be asked for more than it has, as damaged ones do, without reserving it."""
+
+    def __init__(self, file: Path):
+        super().__init__(io.FileIO(file))
+        self._size = file.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
     """The picture; what Pillow raises for damaged files becomes an OSError."""
     try:
-        with Image.open(file) as image:
+        with _File(file) as content, Image.open(content, formats=tuple(FORMATS)) as image:
             yield image
     except Image.DecompressionBombError as error:
         raise OSError("the picture is too large; shrink it first") from error
@@ -36,8 +52,14 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         raise OSError("it is damaged") from error
 
 
+def coded_size(file: Path) -> tuple[int, int]:
+    """Width and height as stored, without a look at the pixels."""
+    with _opened(file) as image:
+        return image.size
+
+
 def picture_size(file: Path) -> tuple[int, int]:
-    """Width and height as shown, from the header."""
+    """Width and height as shown."""
     with _opened(file) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -54,7 +76,8 @@ def read_picture(file: Path) -> Picture:
     with _opened(file) as image:
         deep, turn = _is_deep(image), _orientation(image)  # in this order: the latter loads
         if deep:
-            with av.open(f"file:{file}") as container:
+            # by its kind, as a name like a%03d.png would be a pattern of other names
+            with av.open(f"file:{file}", format=FORMATS[image.format or ""]) as container:
                 frame = next(container.decode(video=0))
             rgb, alpha = to_rgb(frame, Color(full_range=True)), alpha_of(frame)
         else:

@@ -53,6 +53,7 @@ from rich.table import Table
 from . import planner, preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
+from .frame import explained
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, in_thread
@@ -193,7 +194,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         }  # fmt: skip
         writer = open_resumable(output, reader, sides * width, height, **settings)
         resumed = writer.number
-        with _kept(writer, args.segment), writer:
+        with _kept(writer), writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
             _describe(reader, upscaler)
             shown = _show_notes([*reader.notes, *writer.notes])
@@ -210,7 +211,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             ):
                 frames = resumed
                 for rgb, frame, seen in results:
-                    writer.write(rgb, frame, seen)
+                    with _whole():
+                        writer.write(rgb, frame, seen)
                     frames += 1
         _show_notes([*reader.notes, *writer.notes], shown)
         if reader.truncated:
@@ -260,7 +262,7 @@ def _weights_hash(model: MANA) -> str:
 
 
 @contextlib.contextmanager
-def _kept(writer, length: int) -> Iterator[None]:
+def _kept(writer) -> Iterator[None]:
     """If what is done in here fails or is stopped, say what remains of it."""
     try:
         yield
@@ -268,7 +270,8 @@ def _kept(writer, length: int) -> Iterator[None]:
         if writer.number:
             kept = f"{writer.number} frames are kept; the same command continues there"
         else:
-            kept = f"nothing is kept, as fewer than the {length} frames of a segment were done"
+            few = f"fewer than the {writer.length} frames of a segment were done"
+            kept = f"nothing is kept, as {few}"
         console.print(f"note: {kept}", markup=False)
         raise
 
@@ -293,7 +296,7 @@ def _division(reader, upscaler: Upscaler) -> dict[str, int]:
 
 def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str]:
     """Print the notes that were not shown yet; returns all of them."""
-    for note in notes:
+    for note in dict.fromkeys(notes):
         if note not in shown:
             console.print(f"note: {note}", markup=False)
     return notes
@@ -448,16 +451,19 @@ def _run_folder(
     table = Table("video", "result", "frames", "ms/frame", title=escape(str(args.input)))
     for source, output in jobs:
         name = escape(source.name)
-        writes = not args.benchmark and args.preview is None
+        wanted = output if args.preview is None else _preview_path(output, args.preview)
         try:
-            if output.exists() and not args.overwrite and writes:
-                segments.sweep(output)
-                before.append(str(output))
+            with explained(wanted, "write"):
+                is_there = wanted.exists()
+            if is_there and not args.overwrite and not args.benchmark:
+                if args.preview is None:
+                    segments.sweep(output)
+                before.append(str(wanted))
                 table.add_row(name, "done before", "", "")
                 continue
             done.append(_work(source, output, upscaler, args))
-        except (MediaError, OSError) as error:
-            console.print(f"error: {error}", markup=False)
+        except (MediaError, OSError, MemoryError, RuntimeError) as error:
+            console.print(f"error: {_in_words(error, source)}", markup=False)
             failed.append(str(source))
             table.add_row(name, "[red]failed[/], see above", "", "")
         else:
@@ -479,17 +485,19 @@ def _run_folder(
 def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
     """One frame as the whole run would show it, beside bicubic."""
     began = time.perf_counter()
-    picture = output.with_name(f"{output.stem}_preview_{args.preview}.png")
+    picture = _preview_path(output, args.preview)
     if args.output and not _holds_videos(source):
         picture = args.output
     if picture.suffix.lower() != ".png":
         raise MediaError(f"{picture}: must end in .png, as --preview writes one picture")
-    if picture.is_symlink():
+    with explained(picture, "write"):
+        is_link, is_there = picture.is_symlink(), picture.exists()
+    if is_link:
         raise MediaError(f"{picture}: is a symbolic link; give the file's own name")
-    if picture.exists() and not args.overwrite:
+    if is_there and not args.overwrite:
         raise MediaError(f"{picture}: exists; use --overwrite or choose another output")
     with _open(source, args) as reader:
-        if picture.exists() and any(map(picture.samefile, getattr(reader, "files", [source]))):
+        if is_there and any(map(picture.samefile, getattr(reader, "files", [source]))):
             raise MediaError(f"{picture}: is the input itself; choose another output")
         _describe(reader, upscaler)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
@@ -503,6 +511,10 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
         "output": str(picture), "frames": 1, **size, "seconds": round(seconds, 3),
         "ms_per_frame": round(1000 * seconds, 2), **division,
     }  # fmt: skip
+
+
+def _preview_path(output: Path, number: int) -> Path:
+    return output.with_name(f"{output.stem}_preview_{number}.png")
 
 
 def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
@@ -569,26 +581,55 @@ def _peak_mib() -> float | None:
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
+def _in_words(error: Exception, source: Path) -> str:
+    """One line for an error that ends the work on a file; raises all others again."""
+    if isinstance(error, MediaError | CheckpointError | OSError):
+        return str(error)
+    # PyTorch has a type of its own for this on a GPU only
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not (memory or "can't allocate memory" in str(error)):
+        raise error
+    return f"{source}: the memory is too small for this frame size; use a smaller -t, as -t 64"
+
+
+# a closed terminal and a polite kill clean up as Ctrl-C does
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
+
+
+def _stop(*_: object) -> None:
+    """Of the signals: stop, once; impatience must not disturb the clean-up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """What is done in here is not interrupted by a signal that would stop it; that comes after."""
+    waiting: list[object] = []
+    handled = [number for number in SIGNALS if signal.getsignal(number) == _stop]
+    for number in handled:
+        signal.signal(number, lambda *_: waiting.append(_))
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, _stop)
+        if waiting:
+            _stop()
+
+
 def main() -> None:
     """Command line."""
     args = parse_args()
-    # a closed terminal and a polite kill clean up as Ctrl-C does
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        number = getattr(signal, name)
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _stop)
     try:
         summary, code = run(args)
-    except (MediaError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch says so with a type of its own on a GPU only
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (memory or "can't allocate memory" in str(error)):
-            raise
-        sys.exit("error: the memory is too small for this frame size; use a smaller -t, as -t 64")
+    except (MediaError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        sys.exit(f"error: {_in_words(error, args.input)}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not disturb the clean-up
         sys.exit("error: stopped; the same command continues")
     print(json.dumps(summary))
     sys.exit(code)

@@ -1,6 +1,5 @@
 """One frame beside its bicubic enlargement, with the most detailed places zoomed, as a PNG."""
 
-import os
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import upscale_bicubic
-from .frame import MediaError, explained, sync
+from .frame import MediaError, explained, hidden, sync
 from .model import SCALE
 from .readers import Reader
 from .segments import Trail
@@ -100,7 +99,7 @@ def _eight_bits(rgb: np.ndarray) -> np.ndarray:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG that has its name only when it is complete."""
-    part = path.with_name(f".{path.stem[:80]}.{os.getpid()}.part.png")
+    part = hidden(path)
     try:
         with explained(path, "write"):
             picture.save(part)

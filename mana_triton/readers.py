@@ -14,7 +14,8 @@ import av
 import av.filter
 import numpy as np
 from av import logging
-from av.error import FFmpegError
+from av.container import InputContainer
+from av.error import ArgumentError, FFmpegError
 from av.format import Flags as FormatFlags
 from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image
@@ -27,6 +28,14 @@ from .frame import Frame, MediaError, Timed, explained, is_cover, reason
 MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
 MAX_STREAMS = 100
 
+# FFmpeg's kinds of files that are accepted: those that hold all of their data themselves. Playlists
+# (hls, concat, image2, ...) would open other files, and the network
+CONTAINERS = (
+    "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg",
+    "nut", "mxf", "gxf", "dv", "ivf", "rm", "wtv", "gif", "apng", "h264", "hevc", "m4v", "mjpeg",
+    "obu", "yuv4mpegpipe", "png_pipe", "jpeg_pipe", "webp_pipe", "tiff_pipe", "bmp_pipe",
+)  # fmt: skip
+
 _CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
 
 
@@ -34,6 +43,7 @@ class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
     notes: list[str]
+    damaged = 0
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -49,11 +59,42 @@ class _Reader:
         self.close()
 
 
+def open_container(path: Path) -> InputContainer:
+    """Open a file of one of the CONTAINERS; FFmpeg may open nothing beside it.
+
+    Raises:
+        MediaError: it is of another kind.
+        FFmpegError, OSError: it cannot be read.
+    """
+    allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+
+    def opened() -> InputContainer:
+        return av.open(f"file:{path}", container_options=allowed, metadata_errors="replace")
+
+    try:
+        return opened()
+    except ArgumentError:  # which kind it is stands in FFmpeg's log alone
+        level = logging.get_level()
+        logging.set_level(logging.ERROR)
+        try:
+            with logging.Capture() as logs, suppress(ArgumentError):
+                return opened()
+        finally:
+            logging.set_level(level)
+        kind = next((name for _, name, line in logs if "not on whitelist" in line), None)
+        if kind is None:
+            raise
+        raise MediaError(
+            f"{path}: is of the kind '{kind}', not a video that holds its own data; accepted are"
+            f" {' '.join(CONTAINERS)}"
+        ) from None
+
+
 class VideoReader(_Reader):
     """Frames of a video stream of a file, in presentation order; iterate once.
 
     Args:
-        path: any file FFmpeg can decode.
+        path: a file of one of the CONTAINERS, in a codec that FFmpeg can decode.
         start: leave out frames before this many seconds (by seeking, not by decoding all).
         end: leave out frames at or after this many seconds.
         stream: index of the video stream in the file; None for the first.
@@ -69,6 +110,7 @@ class VideoReader(_Reader):
             whether that is a guess because the file does not say; `color` has all tags.
         offset: seconds of the input that are zero of the output; not 0 if the start is cut.
         notes: lines the user should see.
+        damaged: frames so far that were damaged or missing.
         truncated: after iterating, why frames are missing or damaged; None if all is well.
 
     Raises:
@@ -101,14 +143,14 @@ class VideoReader(_Reader):
 
     def _open(self) -> None:
         with explained(self.path, "read it as a video"):
-            self._container = av.open(f"file:{self.path}", metadata_errors="replace")
+            self._container = open_container(self.path)
         try:
             self._stream = stream = self._choose_stream()
         except BaseException:
             self._container.close()
             raise
         stream.thread_type = "SLICE"  # frame threads hold frames, and lose them at damaged ends
-        self._damaged = 0
+        self.damaged = 0
         self.stream_index, self.time_base = stream.index, stream.time_base or 1 / Fraction(90000)
         rates = (stream.average_rate, stream.guessed_rate)
         self.rate = next((rate for rate in rates if rate and 1 <= rate <= 1000), Fraction(25))
@@ -241,7 +283,7 @@ class VideoReader(_Reader):
             if self.stop is not None and time >= self.stop:
                 return
             if time >= start:
-                self._damaged += frame.is_corrupt
+                self.damaged += frame.is_corrupt
                 yield frame
 
     def _progressive(self) -> Iterator[Timed]:
@@ -272,7 +314,7 @@ class VideoReader(_Reader):
             try:
                 frames = self._stream.decode(packet)
             except FFmpegError:
-                self._damaged += 1
+                self.damaged += 1
                 frames = []
             for frame in frames:
                 last, lasts = self._increasing(frame, last), frame.duration
@@ -301,8 +343,8 @@ class VideoReader(_Reader):
             self.truncated = f"reading stopped after {seconds:.2f} s: {stopped}"
         elif end - seconds > 2.5 / self.rate:
             self.truncated = f"the video stops at {seconds:.2f} s instead of {end:.2f} s"
-        elif self._damaged:
-            self.truncated = f"frames damaged or missing: {self._damaged}"
+        elif self.damaged:
+            self.truncated = f"frames damaged or missing: {self.damaged}"
 
     def __iter__(self) -> Iterator[Frame]:
         for picture in self._frames:
@@ -312,7 +354,8 @@ class VideoReader(_Reader):
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
             rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
-            yield Frame(rgb, picture.pts, self.time_base, picture.duration, alpha=alpha)
+            times = picture.pts, self.time_base, picture.duration
+            yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
     def close(self) -> None:
         """Close the file."""
@@ -415,14 +458,11 @@ class ImageFolderReader(_Reader):
         self.frame_count, self._first = len(self.files), 0
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
+        self.width, self.height = _picture_size(self.files[0], limits)
         with explained(self.files[0], "read the picture"):
-            self.width, self.height = images.picture_size(self.files[0])
             self.bits = images.picture_bits(self.files[0])
-        if limits:
-            _check_size(self.files[0], self.width, self.height)
-        for file in self.files:  # now rather than after hours of work
-            with explained(file, "read the picture"):
-                size = images.picture_size(file)
+        for file in self.files[1:]:  # now rather than after hours of work
+            size = _picture_size(file, limits)
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
@@ -459,10 +499,7 @@ class AnimationReader(_Reader):
         self.offset, self.frame_count = _exact(start or 0), None
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
-        with explained(self.path, "read the animation"):
-            self.width, self.height = images.picture_size(self.path)
-        if limits:
-            _check_size(self.path, self.width, self.height)
+        self.width, self.height = _picture_size(self.path, limits)
         self._first = 1000 * self.offset
         first = next(iter(self), None)
         if first is None:
@@ -502,6 +539,13 @@ def open_reader(
         kind = ImageFolderReader if Path(path).is_dir() else AnimationReader
         return kind(path, start, end, limits=limits)
     return VideoReader(path, start, end, stream=stream, limits=limits)
+
+
+def _picture_size(file: Path, limits: bool) -> tuple[int, int]:
+    with explained(file, "read the picture"):
+        if limits:  # before the pixels are unpacked
+            _check_size(file, *images.coded_size(file))
+        return images.picture_size(file)
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -28,6 +28,7 @@ Segments keep packets in a form of their own because no container holds the exac
 and decoding times and durations of every codec: Matroska rounds them, NUT has only the first.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -49,21 +50,29 @@ import av
 import numpy as np
 
 from .encoder import VideoEncoder
-from .frame import Frame, MediaError, explained, sync
+from .frame import Frame, MediaError, explained, reason, sync
 from .readers import ImageFolderReader, Reader
 from .stream import CutDetector
 from .video import ImageFolderWriter, VideoWriter, _Writer
 
-FORMAT = 1
+FORMAT = 2
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
 PICTURES = 8  # the same for PNG files, which cost nothing to part
 SAMPLES, SAMPLE = 64, 1 << 16  # how much of the input is hashed: 4 MiB, evenly spread
+# what a system says of a lock that another process holds; Windows has words of its own
+_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK)
+if sys.platform == "win32":
+    _LOCKED = (errno.EACCES, errno.EDEADLK)
 _RECORD = struct.Struct("<qqqI?")  # pts, dts, duration, bytes, is it a key frame
 _OURS = re.compile(r"lock|manifest(\.new)?|\d{6}\.packets|joined\.\w+|frames(\.old)?")
 
 
 class Changed(MediaError):
     """Unfinished work belongs to another command, program or input."""
+
+
+class Busy(MediaError):
+    """Another process is at the same output."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,10 @@ class Seen:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the manifest: frames by their times and hashes."""
-        context = [[frame.pts, _picture_hash(frame.rgb), cut] for frame, cut in self.context]
-        return {"number": self.number, "context": context, "scores": list(self.scores)}
+        context = [[frame.pts, _picture_hash(frame), cut] for frame, cut in self.context]
+        damaged = self.context[-1][0].damaged
+        scores = list(self.scores)
+        return {"number": self.number, "context": context, "scores": scores, "damaged": damaged}
 
 
 class Trail:
@@ -134,17 +145,21 @@ def frames_after(reader: Reader, done: Mapping[str, Any] | None) -> Iterator[Fra
             raise Changed(
                 f"{reader.path}: decodes to other pictures than before; use --restart to begin anew"
             )
+    reader.damaged = done["damaged"]  # what was met before, and not once more what was now
     return chain(found, frames)
 
 
 def _recognized(frames: Iterator[Frame], context: list[tuple[int, str]]) -> list[Frame] | None:
     found = list(islice(frames, len(context)))
-    seen = [(frame.pts, _picture_hash(frame.rgb)) for frame in found]
+    seen = [(frame.pts, _picture_hash(frame)) for frame in found]
     return found if seen == context else None
 
 
-def _picture_hash(rgb: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rgb).data).hexdigest()
+def _picture_hash(frame: Frame) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(frame.rgb).data)
+    if frame.alpha is not None:
+        digest.update(np.ascontiguousarray(frame.alpha).data)
+    return digest.hexdigest()
 
 
 def input_identity(reader: Reader) -> dict[str, Any]:
@@ -188,7 +203,8 @@ class Parts:
 
     Raises:
         Changed: the work there belongs to another job.
-        MediaError: another process is at it, or the folder holds what is not ours.
+        Busy: another process is at it.
+        MediaError: the folder cannot be locked, or holds what is not ours.
     """
 
     def __init__(self, output: Path, job: dict[str, Any], restart: bool):
@@ -198,9 +214,18 @@ class Parts:
         self._manifest = self.path / "manifest"
         job = {"format": FORMAT} | json.loads(json.dumps(job))
         with explained(self.path, "write"):
+            if self.path.is_symlink():
+                raise MediaError(f"{self.path}: is a symbolic link; move it elsewhere")
             is_new = not self.path.exists()
             self.path.mkdir(exist_ok=True)
-            self._lock = _lock(self.path, output)
+            try:
+                self._lock = _lock(self.path, output)
+            except Busy:
+                raise
+            except (MediaError, OSError):
+                if is_new:
+                    shutil.rmtree(self.path)
+                raise
         try:
             with explained(self.path, "continue"):
                 lines = self._read()
@@ -339,12 +364,17 @@ def _lock(folder: Path, output: Path) -> IO:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
-            raise FileNotFoundError  # the process that had it has finished and removed it
+        if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+            return file
     except OSError as error:
         file.close()
-        raise MediaError(f"{output}: another process is writing it; wait for that one") from error
-    return file
+        # the last: the process that had it has finished and removed it
+        if error.errno not in (*_LOCKED, errno.ENOENT):
+            raise MediaError(
+                f"{folder}: cannot be locked: {reason(error)}; write to a disk that allows it"
+            ) from error
+    file.close()
+    raise Busy(f"{output}: another process is writing it; wait for that one")
 
 
 def _lines(manifest: Path) -> list[dict[str, Any]]:
@@ -389,6 +419,8 @@ class _Resumable(_Writer):
     """What both kinds of resumable writer share."""
 
     _parts: Parts
+    _length: int
+    _seen: Seen
 
     @property
     def number(self) -> int:
@@ -399,6 +431,22 @@ class _Resumable(_Writer):
     def done(self) -> dict[str, Any] | None:
         """Where the work continues, for `Trail` and `frames_after`."""
         return self._parts.done
+
+    @property
+    def length(self) -> int:
+        """Frames of a segment at least."""
+        return self._length
+
+    def _then(self) -> dict[str, Any]:
+        """What the manifest says behind a segment; a later run has the notes of this one, too."""
+        notes = dict.fromkeys([*self._reader.notes, *self.notes])
+        return self._seen.to_json() | {"notes": list(notes)}
+
+    def _add_notes(self, notes: Iterable[str]) -> None:
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
+
+    def _recall(self) -> None:
+        self._add_notes([*self._parts.notes, *(self.done["notes"] if self.done else ())])
 
 
 class ResumableVideo(_Resumable):
@@ -435,7 +483,7 @@ class ResumableVideo(_Resumable):
         headers = hashlib.sha256(trial.headers).hexdigest()  # equal ones let packets be joined
         job = job | {"segment": length, "encoder headers": headers}
         self._parts = Parts(self.path, job, restart)
-        self.notes += self._parts.notes
+        self._recall()
         self._tick = self.done["tick"] if self.done else -1
         self._encoder: VideoEncoder | None = None
 
@@ -468,12 +516,11 @@ class ResumableVideo(_Resumable):
     def _begin(self) -> None:
         # says which kind of packets are wanted; nothing is ever written to it
         self._container = av.open(f"file:{self._parts.path / 'none'}{self.suffix}", "w")
-        size = self.width, self.height
+        self._file = (self._parts.path / f"{len(self._parts.segments):06d}.packets").open("wb")
+        self._since_key, size = 0, (self.width, self.height)
         self._encoder = VideoEncoder(
             self.path, self._reader, *size, self._container, after=self._tick, **self._encoding
         )
-        self._file = (self._parts.path / f"{len(self._parts.segments):06d}.packets").open("wb")
-        self._since_key = 0
 
     def _keep(self, packets: list[Any]) -> None:
         for packet in packets:
@@ -486,9 +533,9 @@ class ResumableVideo(_Resumable):
         assert self._encoder
         self._keep(self._encoder.finish())
         self._tick = self._encoder.tick
-        self.notes += [note for note in self._encoder.notes if note not in self.notes]
+        self._add_notes(self._encoder.notes)
         self._close_segment()
-        self._parts.add([Path(self._file.name)], self._seen.to_json() | {"tick": self._tick})
+        self._parts.add([Path(self._file.name)], self._then() | {"tick": self._tick})
 
     def _close_segment(self) -> None:
         self._encoder = None
@@ -506,7 +553,7 @@ class ResumableVideo(_Resumable):
                         writer.put(packet)
                     writer.complete()
                     self._parts.complete(f"joined{self.suffix}")
-                self.notes += [note for note in writer.notes if note not in self.notes]
+                self._add_notes(writer.notes)
                 self._parts.remove()
         except BaseException:
             self.abort()
@@ -562,7 +609,7 @@ class ResumablePictures(_Resumable):
             count=self.number,
         )  # fmt: skip
         self.notes = self._writer.notes  # one list, as both go on adding to it
-        self.notes += self._parts.notes
+        self._recall()
         self._files: list[Path] = []
 
     def write(self, rgb: np.ndarray, frame: Frame, seen: Seen) -> None:
@@ -574,7 +621,7 @@ class ResumablePictures(_Resumable):
 
     def _finish(self) -> None:
         with explained(self.path, "write"):
-            self._parts.add(self._files, self._seen.to_json())
+            self._parts.add(self._files, self._then())
         self._files = []
 
     def close(self) -> None:
@@ -600,7 +647,8 @@ def open_resumable(
     path: str | Path, reader: Reader, width: int, height: int, **settings: Any
 ) -> ResumableVideo | ResumablePictures:
     """A ResumableVideo if the path has a suffix, else ResumablePictures; settings as theirs."""
-    sweep(Path(path))
+    with explained(Path(path), "write"):
+        sweep(Path(path))
     if Path(path).suffix:
         return ResumableVideo(path, reader, width, height, **settings)
     if settings.pop("options", None) or settings.pop("lossless", False):

@@ -14,7 +14,6 @@ once it is complete.
 """
 
 import itertools
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ from . import color as colors
 from . import images
 from .copier import Copier
 from .encoder import ENCODERS, VideoEncoder
-from .frame import MP4_LIKE, Frame, MediaError, Timed, explained, sync
+from .frame import MP4_LIKE, Frame, MediaError, Timed, explained, hidden, sync
 from .readers import (
     MAX_PIXELS,
     MAX_STREAMS,
@@ -89,8 +88,7 @@ class _Writer:
                 raise MediaError(f"{path}: exists; use --overwrite or choose another output")
         if not path.parent.is_dir():
             raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
-        hidden = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.part{path.suffix}")
-        return part or hidden
+        return part or hidden(path)
 
     def _check(self, rgb: np.ndarray) -> None:
         if rgb.shape != (self.height, self.width, 3) or rgb.dtype not in (np.uint8, np.uint16):

@@ -113,8 +113,10 @@ def _fail(order: dict, watched: str) -> list[int]:
     """Arrange the faults of an order; returns the number of operations on files, as it grows.
 
     kill_at: SIGKILL, or `signal`, before this operation; after: the same after so many seconds;
-    largest: bytes of a file; read, encode: the frame at which the disk fails, or
-    the encoder of video or PNG files.
+    line: the same before this line that segments.py runs, or its function `inside`, where lines
+    are counted instead of operations; ignored: a signal that is ignored from the start, as nohup
+    has it; largest: bytes of a file; read, encode: the frame at which the disk fails, or the
+    encoder of video or PNG files.
     """
     import errno
     import resource
@@ -127,13 +129,28 @@ def _fail(order: dict, watched: str) -> list[int]:
 
     count = [0]
 
+    def one_more(end: int | None) -> None:
+        count[0] += 1
+        if count[0] == end:
+            os.kill(os.getpid(), getattr(signal, order.get("signal", "SIGKILL")))
+
     def watch(event: str, arguments: tuple) -> None:
         if event in OPERATIONS and str(arguments[0]).startswith(watched):
-            count[0] += 1
-            if count[0] == order.get("kill_at"):
-                os.kill(os.getpid(), getattr(signal, order.get("signal", "SIGKILL")))
+            one_more(order.get("kill_at"))
 
-    sys.addaudithook(watch)
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.endswith("segments.py"):
+            return None
+        if event == "line" and order.get("inside", frame.f_code.co_name) == frame.f_code.co_name:
+            one_more(order["line"])
+        return trace
+
+    if "line" in order:
+        sys.settrace(trace)  # of this thread, the one that writes
+    else:
+        sys.addaudithook(watch)
+    if "ignored" in order:
+        signal.signal(getattr(signal, order["ignored"]), signal.SIG_IGN)
     if "after" in order:
         parent = os.getpid()
         if not os.fork():  # a thread or timer would end with the process it is to kill

@@ -1,5 +1,6 @@
 """What players see: streams, depth, HDR, fields and transparency, checked by ffmpeg and ffprobe."""
 
+import socket
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +132,28 @@ def test_streams_from_every_container_to_every_other(source, target, everything,
     if ".avi" not in (source, target):
         for last in (False, True):
             assert abs(delay(out, "audio", last) - delay(path, "audio", last)) <= Fraction(1, 1000)
+
+
+def test_data_is_kept_packet_by_packet_or_named(tmp_path):
+    """Positions of a drone, as MPEG-TS carries them."""
+    plain, source = media.write_video(tmp_path / "plain.ts", PICTURES[:5]), tmp_path / "in.ts"
+    with av.open(str(plain)) as container, av.open(str(source), "w") as out:
+        video: Any = out.add_stream_from_template(container.streams.video[0], opaque=True)
+        data: Any = out.add_data_stream("klv")
+        for packet in cast(Any, container.demux(video=0)):
+            if packet.size:
+                position = av.Packet(b"\x06\x0e\x2b\x34" + bytes([packet.pts % 251]) * 60)
+                position.pts = position.dts = packet.pts
+                position.time_base, position.stream = packet.time_base, data
+                packet.stream = video
+                out.mux([position, packet])
+    convert(source, tmp_path / "out.ts")
+    assert len(media.packets(source, "data")) == 5
+    shift = media.frame_times(tmp_path / "out.ts")[0] - media.frame_times(source)[0]
+    moved = [(time + shift, digest) for time, digest in media.packets(source, "data")]
+    assert media.packets(tmp_path / "out.ts", "data") == moved
+    _, writer = convert(source, tmp_path / "out.mkv")
+    assert "data stream 1 (klv) is left out" in writer.notes
 
 
 def test_timecode_is_kept(everything, tmp_path):
@@ -432,6 +455,10 @@ def test_limits_and_their_override(tmp_path, monkeypatch):
     Image.fromarray(PICTURES[0]).save(tmp_path / "in" / "a.png")
     with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels; use --no-limits"):
         open_reader(tmp_path / "in")
+    with monkeypatch.context() as patch:  # and before a bomb of pixels is unpacked
+        patch.setattr(Image.Image, "getexif", lambda _: pytest.fail("looked at the pixels"))
+        with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels"):
+            open_reader(tmp_path / "in")
     for path in (source, tmp_path / "in"):
         with open_reader(path, limits=False) as reader:
             assert reader.width == 48
@@ -457,6 +484,74 @@ def test_odd_names_are_only_names(name, tmp_path, monkeypatch):
     convert(Path(name), Path("out") / name)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
     assert len(media.frame_times(tmp_path / "out" / name)) == 3
+
+
+def playlist(folder: Path, kind: str, port: int) -> Path:
+    """A file that would make FFmpeg open others: `a.mp4` beside it, or a server."""
+    url = f"http://127.0.0.1:{port}/a.ts"
+    texts = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n",  # live: without an end
+        "concat": "ffconcat version 1.0\nfile a.mp4\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        f"m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    }
+    media.write_video(folder / "a.mp4", PICTURES[:3])
+    if kind == "image2":  # its own name is a pattern of other names
+        for name in ("frame%03d.png", "frame001.png"):
+            Image.fromarray(PICTURES[0]).save(folder / name)
+        return folder / "frame%03d.png"
+    path = folder / {"hls": "in.m3u8"}.get(kind, "in.mp4")
+    path.write_text(texts[kind])
+    return path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["hls", "concat", "sdp", "image2"])
+def test_nothing_but_the_file_is_opened(kind, tmp_path):
+    """A live playlist never ends; any may name files and servers that are nobody's business."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        path = playlist(tmp_path, kind, server.getsockname()[1])
+        with pytest.raises(MediaError) as caught:
+            open_reader(path)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    said = f"{path}: is of the kind '{kind}', not a video that holds its own data; accepted are mov"
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video"), ("a.mxf", "mpeg2video"),
+     ("a.m2ts", "libx264"), ("a.3gp", "libx264"), ("a.ogv", "libtheora"), ("a.h264", "libx264"),
+     ("a.hevc", "libx265"), ("a.m4v", "libx264"), ("a.gif", "gif"), ("a.dv", "dvvideo")],
+)  # fmt: skip
+def test_files_that_hold_their_own_data_are_accepted(name, codec, tmp_path):
+    """Those whose names a folder of videos is searched for, and more."""
+    size = "720x576" if codec == "dvvideo" else "64x48"
+    lavfi = ("-f", "lavfi", "-i", f"testsrc2=s={size}:d=0.2:r=25")
+    media.ffmpeg(
+        *lavfi, "-c:v", codec, *(["-pix_fmt", "yuv420p"] * (codec != "gif")), tmp_path / name
+    )
+    with open_reader(tmp_path / name) as reader:
+        assert f"{reader.width}x{reader.height}" == size
+        assert len(list(reader)) >= 4
+
+
+def test_a_deep_picture_is_not_taken_for_a_pattern(tmp_path):
+    """FFmpeg, which reads 16 bits, would read frame001.png when it is given frame%03d.png."""
+    for name, code in (("frame%03d.png", 1000), ("frame001.png", 60000)):
+        images.write_picture(tmp_path / name, np.full((8, 8, 3), code, np.uint16))
+    assert images.read_picture(tmp_path / "frame%03d.png")[0].max() == 1000
+
+
+def test_a_picture_of_another_format_is_refused(tmp_path):
+    """Whatever its name says: Pillow starts Ghostscript for one of them."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(PICTURES[0]).save(tmp_path / "in" / "a.png", "eps")
+    with pytest.raises(MediaError, match=r"a.png: cannot read the picture: cannot identify"):
+        open_reader(tmp_path / "in")
 
 
 def test_links_and_the_input_itself_are_refused(tmp_path):

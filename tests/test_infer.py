@@ -563,6 +563,44 @@ def test_a_folder_of_videos_skips_what_is_done(cli, tmp_path):
     assert summary.keys() >= KEYS
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_a_folder_of_videos_with_one_too_large(error, cli, tmp_path, monkeypatch):
+    """Memory that is too small for one video does not stop the rest; other errors do."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_clip(folder / name, 3, rate=30 if name == "b.mp4" else 25)
+    work = infer.enlarge
+
+    def fail(source: Path, *rest: Any) -> dict:
+        if source.name == "b.mp4":
+            raise error
+        return work(source, *rest)
+
+    monkeypatch.setattr(infer, "enlarge", fail)
+    code, summary, stderr = cli(folder, *FAST)
+    assert (code, summary["failed"]) == (1, [str(folder / "b.mp4")])
+    done = [str(folder / "a_x4.mp4"), str(folder / "c_x4.mp4")]
+    assert [file["output"] for file in summary["files"]] == done
+    advice = "the memory is too small for this frame size; use a smaller -t, as -t 64"
+    assert errors(stderr) == [f"error: {folder / 'b.mp4'}: {advice}"]
+    assert cli(folder / "b.mp4") == (1, {}, f"error: {folder / 'b.mp4'}: {advice}\n")
+    error = ZeroDivisionError("a mistake of the program")
+    with pytest.raises(ZeroDivisionError):
+        cli(folder, *FAST)
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli(folder, *FAST)
+
+
 # before hours of work
 
 
@@ -625,6 +663,39 @@ def test_impossible_previews(arguments, message, clip, cli, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_previews_of_a_folder_of_videos(cli, tmp_path):
+    """A later run makes those that are missing, says so of the others, and stops at none."""
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 3)
+    assert cli(tmp_path, "--preview", 1)[0] == 0
+    first, second = (tmp_path / f"{name}_x4_preview_1.png" for name in "ab")
+    before = first.read_bytes()
+    first.write_bytes(b"an older one")
+    second.unlink()
+    code, summary, stderr = cli(tmp_path, "--preview", 1)
+    assert (code, summary["failed"], summary["done_before"]) == (0, [], [str(first)])
+    assert (first.read_bytes(), second.exists()) == (b"an older one", True)
+    assert "done before" in stderr and not errors(stderr)
+    assert cli(tmp_path, "--preview", 1, "--overwrite")[1]["done_before"] == []
+    assert first.read_bytes() == before
+
+
+def test_names_as_long_as_names_can_be(cli, tmp_path):
+    """255 bytes, of characters of three each: the names while files grow must not be longer."""
+    clip = write_clip(tmp_path / f"{'影' * 79}.mp4", 3)
+    assert len(f"{clip.stem}_x4_preview_1.png".encode()) == 254
+    code, summary, _ = cli(clip, "--preview", 1)
+    assert (code, Path(summary["output"]).name) == (0, f"{clip.stem}_x4_preview_1.png")
+    assert cli(clip, *FAST)[0] == 0
+    assert len(list(tmp_path.iterdir())) == 3
+    clip = clip.rename(tmp_path / f"{'影' * 83}.mp4")
+    for arguments in (["--preview", 1], FAST, ["-o", tmp_path / f"{'x' * 300}.mp4"]):
+        code, _, stderr = cli(clip, *arguments)
+        (line,) = errors(stderr)
+        assert code == 1
+        assert line.endswith(": cannot write: the name is too long; choose a shorter one")
+
+
 def test_benchmark_writes_nothing(clip, cli, tmp_path):
     code, summary, stderr = cli(clip, "--benchmark")
     assert code == 0
@@ -641,11 +712,14 @@ def test_benchmark_writes_nothing(clip, cli, tmp_path):
 # Ctrl-C
 
 
-@pytest.mark.parametrize(("output", "kept"), [("out.mp4", 4), ("shots", 4), ("one.mp4", 0)])
+@pytest.mark.parametrize(
+    ("output", "kept"), [("out.mp4", 4), ("shots", 4), ("one.mp4", 0), ("none", 0)]
+)
 def test_interruption_keeps_whole_segments(output, kept, cli, tmp_path, monkeypatch):
     clip = write_clip(tmp_path / "clip.mp4", 30)  # more than the threads read ahead
     output = tmp_path / output
     arguments = (clip, "-o", output, "--segment", 4 if kept else 30)
+    fewer = 30 if output.suffix else 8  # pictures are kept in eights at most
 
     def opened(*args, **settings):
         writer = open_resumable(*args, **settings)
@@ -667,7 +741,8 @@ def test_interruption_keeps_whole_segments(output, kept, cli, tmp_path, monkeypa
     parts = tmp_path / f"{output.name}.parts"
     assert set(tmp_path.iterdir()) == ({clip, parts} if kept else {clip})
     assert (f"note: {kept} frames are kept" in stderr) == (kept > 0)
-    assert ("note: nothing is kept" in stderr) == (kept == 0)
+    nothing = f"note: nothing is kept, as fewer than the {fewer} frames of a segment were done"
+    assert (nothing in stderr) == (kept == 0)
     code, summary, stderr = cli(*arguments)
     assert (code, summary["frames"], summary["resumed"]) == (0, 30, kept)
     assert (f"continuing after {kept} frames" in stderr) == (kept > 0)

@@ -1,6 +1,7 @@
 """Work that survives: whatever stops a run, the next one ends with the same result."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,9 @@ from torch import nn
 
 from mana_triton import checkpoint, images
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.segments import LENGTH, Changed, Trail, frames_after
+from mana_triton.segments import LENGTH, Changed, Parts, Trail, frames_after, open_resumable
 from mana_triton.stream import CutDetector, Upscaler
-from mana_triton.video import Frame, VideoEncoder, open_reader
+from mana_triton.video import Frame, MediaError, VideoEncoder, open_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
@@ -261,7 +262,6 @@ def test_killed_again_and_again(clip, weights, runner, whole, tmp_path):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_stopped_at_random_times(name, clip, weights, runner, whole, tmp_path):
-
     probe = tmp_path / "clip_x4.mp4"
     began = time.monotonic()
     assert runner(*command(clip, weights, probe)).code == 0
@@ -272,7 +272,10 @@ def test_stopped_at_random_times(name, clip, weights, runner, whole, tmp_path):
         output.parent.mkdir()
         arguments = command(clip, weights, output)
         run = runner(*arguments, signal=name, after=chance.uniform(0, lasts))
-        assert run.code in ((-9, 0) if name == "SIGKILL" else (1, 0)), run
+        if run.code == -15 and name == "SIGTERM":  # before the program could listen
+            assert not any(output.parent.iterdir())
+        else:
+            assert run.code in ((-9, 0) if name == "SIGKILL" else (1, 0)), run
         assert "Traceback" not in run.err
         resumed.append(assert_survives(arguments, output, runner, whole[".mp4"]))
     print(f"{name} at {len(resumed)} random times, all survived: {sorted(resumed)}")
@@ -287,6 +290,63 @@ def test_stopped_by_a_signal(name, clip, weights, runner, whole, tmp_path):
     assert "note: 21 frames are kept" in run.err
     assert run.err.splitlines()[-1] == "error: stopped; the same command continues"
     assert assert_survives(arguments, output, runner, whole[".mp4"]) == 21
+
+
+def test_stopped_at_lines_of_the_writer(clip, weights, runner, whole, tmp_path):
+    """Some of all the lines between which a signal can come; -m slow tries a hundred."""
+    stop_at_lines(5, clip, weights, runner, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_stopped_at_a_hundred_lines_of_the_writer(clip, weights, runner, whole, tmp_path):
+    stop_at_lines(100, clip, weights, runner, whole, tmp_path)
+
+
+def stop_at_lines(tries, clip, weights, runner, whole, tmp_path) -> None:
+    (tmp_path / "probe").mkdir()
+    probe = runner(*command(clip, weights, tmp_path / "probe" / "clip_x4.mp4"), line=0)
+    assert probe.operations > 500
+    resumed = []
+    for line in sorted(random.Random(2).sample(range(1, probe.operations), tries)):
+        output = tmp_path / str(line) / "clip_x4.mp4"
+        output.parent.mkdir()
+        arguments = command(clip, weights, output)
+        run = runner(*arguments, signal="SIGINT", line=line)
+        assert (run.code, "Traceback" in run.err) == (1, False), run
+        assert run.err.splitlines()[-1] == "error: stopped; the same command continues"
+        resumed.append(assert_survives(arguments, output, runner, whole[".mp4"]))
+    assert resumed == sorted(resumed)
+    print(f"SIGINT at {tries} of {probe.operations} lines, all survived: {resumed}")
+
+
+@pytest.mark.parametrize("name", ["_begin", "add"])
+def test_stopped_where_the_state_changes(name, clip, weights, runner, whole, tmp_path):
+    """At every second line of the functions that begin and end the first segment."""
+    (tmp_path / "probe").mkdir()
+    arguments = command(clip, weights, tmp_path / "probe" / "clip_x4.mp4")
+    total = runner(*arguments, inside=name, line=0).operations
+    assert total >= 4 * 4  # segments, lines
+    for line in range(2, total // 4 + 1, 2):
+        output = tmp_path / str(line) / "clip_x4.mp4"
+        output.parent.mkdir()
+        arguments = command(clip, weights, output)
+        run = runner(*arguments, signal="SIGINT", inside=name, line=line)
+        assert (run.code, "Traceback" in run.err) == (1, False), run
+        resumed = assert_survives(arguments, output, runner, whole[".mp4"])
+        assert resumed == (0 if name == "_begin" else 6)
+
+
+def test_a_hangup_does_not_stop_what_ignores_it(clip, weights, runner, whole, tmp_path):
+    """As nohup wants it; other signals still stop the run."""
+    output = tmp_path / "clip_x4.mp4"
+    arguments = command(clip, weights, output)
+    run = runner(*arguments, signal="SIGTERM", ignored="SIGHUP", kill_at=32)
+    assert (run.code, "error: stopped" in run.err) == (1, True)
+    run = runner(*arguments, signal="SIGHUP", ignored="SIGHUP", kill_at=12)
+    assert run.operations > 12
+    assert (run.code, run.summary["resumed"]) == (0, 21), run.err
+    assert content(output) == whole[".mp4"]
 
 
 @pytest.mark.parametrize(
@@ -457,6 +517,31 @@ def test_two_runs_at_once(begun, runner, whole, tmp_path):
     assert runner(*begun).summary["resumed"] == 15
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.EAGAIN, "{}: another process is writing it; wait for that one"),
+        (errno.EWOULDBLOCK, "{}: another process is writing it; wait for that one"),
+        (errno.ENOLCK, "{}.parts: cannot be locked: No locks available; write to a disk that allo"),
+        (errno.EOPNOTSUPP, "{}.parts: cannot be locked: Operation not supported; write to a disk "),
+        (errno.EACCES, "{}.parts: cannot be locked: permission denied; write to a disk that allow"),
+    ],
+)
+def test_a_lock_that_fails_says_why(code, message, tmp_path, monkeypatch):
+    output, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with pytest.raises(MediaError) as caught:
+            Parts(output, {}, False)
+    assert str(caught.value).startswith(message.format(output))
+    # what another process may have begun stays
+    assert parts.exists() == ("another" in message)
+
+
 @pytest.mark.parametrize("flags", [[], ["--restart"]])
 def test_a_folder_that_is_not_ours(flags, clip, weights, runner, tmp_path):
     output = tmp_path / "clip_x4.mp4"
@@ -466,6 +551,15 @@ def test_a_folder_that_is_not_ours(flags, clip, weights, runner, tmp_path):
     run = runner(*command(clip, weights, output), *flags)
     assert (run.code, run.err) == (1, f"error: {letter}: is not ours; move it elsewhere\n")
     assert letter.read_text() == "precious"
+
+
+def test_unfinished_work_is_not_put_behind_a_link(clip, weights, runner, tmp_path):
+    elsewhere, output = tmp_path / "elsewhere", tmp_path / "clip_x4.mp4"
+    elsewhere.mkdir()
+    (tmp_path / "clip_x4.mp4.parts").symlink_to(elsewhere)
+    run = runner(*command(clip, weights, output))
+    assert (run.code, list(elsewhere.iterdir())) == (1, [])
+    assert run.err == f"error: {output}.parts: is a symbolic link; move it elsewhere\n"
 
 
 # inputs and outputs of other kinds
@@ -647,6 +741,62 @@ def test_seeking_is_not_relied_on(clip, monkeypatch):
         frames_after(reader, done)
 
 
+def test_warnings_of_an_earlier_run_are_kept(weights, runner, tmp_path):
+    """Damage before the place where the second run continues."""
+    options = {"g": "5", "bf": "0", "qp": "0", "preset": "ultrafast"}
+    source = media.write_video(tmp_path / "in.mkv", pictures(), options=options, color=(1, 1, 1, 1))
+    with av.open(str(source)) as container:
+        starts = [packet.pos or 0 for packet in container.demux(video=0) if packet.size]
+    data = bytearray(source.read_bytes())
+    data[starts[5] + 30 : starts[6]] = bytes(starts[6] - starts[5] - 30)  # a key frame
+    source.write_bytes(data)
+    warnings = []
+    for name in ("whole", "resumed"):
+        arguments = command(source, weights, tmp_path / f"{name}.mkv")
+        if name == "resumed":
+            assert runner(*arguments, encode=15).code == 1
+        run = runner(*arguments)
+        assert (run.code, run.summary["resumed"] >= 6) == (0, name == "resumed"), run.err
+        warnings.append([line for line in run.err.splitlines() if line.startswith("warning: ")])
+    assert warnings[0] == warnings[1]
+    assert "damaged or missing: " in warnings[0][0]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_notes_of_an_earlier_run_are_kept(name, clip, tmp_path):
+    """What was said once, of a frame that the second run does not see."""
+    encoding: dict[str, Any] = {"options": VERYFAST} if name == "out.mp4" else {}
+    with open_reader(clip) as reader:
+        size = reader.width, reader.height
+        writer = open_resumable(tmp_path / name, reader, *size, job={}, length=6, **encoding)
+        trail, frames = Trail(3), list(reader)[:20]
+        for frame in frames:
+            writer.write(frame.rgb, frame, trail.see(frame)[1])
+            reader.notes += ["said of a frame"] * (frame is frames[2])
+        writer.abort()
+    with open_reader(clip) as reader:
+        writer = open_resumable(tmp_path / name, reader, *size, job={}, length=6, **encoding)
+        assert writer.number >= 15
+        assert writer.notes.count("said of a frame") == 1
+        writer.abort()
+
+
+def test_another_transparency_is_another_picture(tmp_path):
+    """A folder of pictures whose opacity alone has changed does not pass for the same."""
+    frames = list(pictures(4))
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        for number, rgb in enumerate(frames):
+            alpha = np.full(rgb.shape[:2], 90 if (name, number) == ("after", 2) else 100, np.uint8)
+            images.write_picture(tmp_path / name / f"{number}.png", rgb, alpha)
+    with open_reader(tmp_path / "before") as reader:
+        trail = Trail(3)
+        done = [trail.see(frame)[1] for frame in reader][-1].to_json()
+        list(frames_after(reader, done))
+    with open_reader(tmp_path / "after") as reader, pytest.raises(Changed, match="other pictures"):
+        frames_after(reader, done)
+
+
 def test_a_part_of_the_input(clip, weights, runner, tmp_path):
     limits = ("--start", "0.5", "--end", "2")
     assert runner(*command(clip, weights, tmp_path / "whole.mp4"), *limits).code == 0
@@ -717,22 +867,21 @@ def test_a_full_file_system(clip, weights, runner, whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)],
+        ["mount", "-t", "tmpfs", "-o", f"size={4 * whole['bytes']}", "tmpfs", str(disk)],
         check=False,
         capture_output=True,
     )
     if mounted.returncode:
         pytest.skip("mounting needs root")
     try:
-        for filler in (140, 110, 90, 70, 50):  # KiB: full in the first segment ... while joining
-            (disk / "filler").write_bytes(bytes(filler << 10))
+        for room in (0.1, 0.4, 0.7, 0.9, 1.5):  # of the output: first segment ... while joining
+            (disk / "filler").write_bytes(bytes(int((4 - room) * whole["bytes"])))
             output = disk / "clip_x4.mp4"
             run = runner(*command(clip, weights, output))
-            assert run.code == 1, filler
+            assert run.code == 1, room
             assert "the disk is full; free some space" in run.err
             assert not output.exists()
             (disk / "filler").unlink()
-        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
         assert runner(*command(clip, weights, output)).code == 0
         assert content(output) == whole[".mp4"]
         assert [file.name for file in disk.iterdir()] == [output.name]
@@ -748,23 +897,21 @@ def test_memory_is_constant_over_twenty_thousand_frames(weights, tmp_path):
     frames = [np.roll(picture, i, axis=1) for i in range(16)] * 1250
     clip = media.write_video(tmp_path / "long.mp4", frames)
     arguments = [clip, "-o", tmp_path / "out.mkv", "-n", weights, *ENCODER]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mana_triton.infer", *map(str, arguments)],
-        cwd=faults.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "mana_triton.infer", *map(str, arguments)]
     samples = []  # frames done, MiB
-    while process.poll() is None:
-        time.sleep(0.5)
-        manifest = tmp_path / "out.mkv.parts" / "manifest"
-        status = Path(f"/proc/{process.pid}/status")
-        with contextlib.suppress(OSError):  # the process ends in between
-            done = max(len(manifest.read_bytes().splitlines()) - 1, 0) * LENGTH
-            resident = [x for x in status.read_text().splitlines() if x.startswith("VmRSS")]
-            samples += [(done, int(line.split()[1]) / 1024) for line in resident]
-    assert process.stdout
-    assert json.loads(process.stdout.read().splitlines()[-1])["frames"] == 20000
+    with subprocess.Popen(
+        command, cwd=faults.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None:
+            time.sleep(0.5)
+            manifest = tmp_path / "out.mkv.parts" / "manifest"
+            status = Path(f"/proc/{process.pid}/status")
+            with contextlib.suppress(OSError):  # the process ends in between
+                done = max(len(manifest.read_bytes().splitlines()) - 1, 0) * LENGTH
+                resident = [x for x in status.read_text().splitlines() if x.startswith("VmRSS")]
+                samples += [(done, int(line.split()[1]) / 1024) for line in resident]
+        assert process.stdout
+        assert json.loads(process.stdout.read().splitlines()[-1])["frames"] == 20000
     later = np.array([sample for sample in samples if sample[0] >= 10000])
     assert len(later) >= 10
     slope = np.polyfit(later[:, 0], later[:, 1], 1)[0] * 10000
