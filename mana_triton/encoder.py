@@ -20,7 +20,7 @@ from .readers import Reader
 
 ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
 
-_ENCODER_MEMORY = 256 * 2**20  # bytes of waiting frames that x264 or x265 may hold
+ENCODER_MEMORY = 256 * 2**20  # bytes of waiting frames that x264 or x265 may hold
 # frames that they look ahead by preset; slower ones than these look further than medium
 _LOOKAHEAD = {
     "libx264": {"ultrafast": 0, "superfast": 0, "veryfast": 10, "faster": 20, "fast": 30},
@@ -216,7 +216,7 @@ class VideoEncoder:
         """The options with a bound on the frames that x264 and x265 hold; quiet, and repeatable."""
         name, params = context.codec.name, options.get("x265-params", "")
         # measured with x264: 1.5 bytes a pixel for each thread, 3.5 for each frame looked ahead
-        room = _ENCODER_MEMORY / (self.width * self.height)
+        room = ENCODER_MEMORY / (self.width * self.height)
         threads = min((os.cpu_count() or 1) * 3 // 2 + 1, max(2, int(room / 2 / 1.5)))
         depth = max(2 if name == "libx264" else 10, int((room - 1.5 * threads) / 3.5))
         usual = _LOOKAHEAD.get(name, {}).get(options.get("preset", "medium"), 40)

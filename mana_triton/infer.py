@@ -53,6 +53,7 @@ from rich.table import Table
 from . import planner, preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
+from .encoder import ENCODER_MEMORY
 from .frame import explained
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
@@ -63,6 +64,7 @@ READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", "
 
 CENTURY = 3.2e9  # seconds; what a time of a video may be at most
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
+BESIDE = ENCODER_MEMORY + (96 << 20)  # bytes that decoder, encoder and their threads take
 # flags that do not change a frame of the result; all others must stay as they were to continue
 PASSING = (
     "input",
@@ -185,6 +187,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
     """
     began = time.perf_counter()
     with _open(source, args) as reader:
+        _plan(source, reader, upscaler)
         width, height = SCALE * reader.width, SCALE * reader.height
         sides = 2 if args.compare else 1
         settings = {
@@ -287,6 +290,13 @@ def _describe(reader, upscaler: Upscaler) -> None:
         f"about {plan.peak / 2**30:.1f} GiB beside the program",
         markup=False,
     )
+
+
+def _plan(source: Path, reader, upscaler: Upscaler) -> planner.Plan:
+    try:
+        return upscaler.plan_for(reader.height, reader.width)
+    except ValueError as error:
+        raise MediaError(f"{source}: {error}") from error
 
 
 def _division(reader, upscaler: Upscaler) -> dict[str, int]:
@@ -419,7 +429,7 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
     try:
         upscaler = Upscaler(
             args.model, device=args.device, precision=args.precision, tile=args.tile,
-            backend=args.backend, memory_budget=args.memory_budget,
+            backend=args.backend, memory_budget=_streams_share(args),
         )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")
@@ -435,6 +445,18 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         "weights": args.model,
     }
     return summary, code
+
+
+def _streams_share(args: argparse.Namespace) -> int | None:
+    """What --memory-budget leaves for the stream; on a CPU the encoder needs some of it, too."""
+    budget = args.memory_budget
+    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if budget is None or on_gpu:
+        return budget
+    if budget <= BESIDE:
+        least = f"{BESIDE >> 20} MiB for the encoder"
+        raise MediaError(f"--memory-budget must be more than {least}, got {budget >> 20} MiB")
+    return budget - BESIDE
 
 
 def _work(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
@@ -499,6 +521,7 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
     with _open(source, args) as reader:
         if is_there and any(map(picture.samefile, getattr(reader, "files", [source]))):
             raise MediaError(f"{picture}: is the input itself; choose another output")
+        _plan(source, reader, upscaler)
         _describe(reader, upscaler)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
         _show_notes(reader.notes)
@@ -527,6 +550,7 @@ def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Na
     timed.model = model
     began = time.perf_counter()
     with _open(source, args) as reader:
+        _plan(source, reader, upscaler)
         console.print(f"{source} -> nothing is written", markup=False)
         _describe(reader, upscaler)
         frames = iter(reader)
@@ -585,11 +609,9 @@ def _in_words(error: Exception, source: Path) -> str:
     """One line for an error that ends the work on a file; raises all others again."""
     if isinstance(error, MediaError | CheckpointError | OSError):
         return str(error)
-    # PyTorch has a type of its own for this on a GPU only
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if not (memory or "can't allocate memory" in str(error)):
+    if not planner.out_of_memory(error):
         raise error
-    return f"{source}: the memory is too small for this frame size; use a smaller -t, as -t 64"
+    return f"{source}: the memory is too small for this frame size, even in the smallest parts"
 
 
 # a closed terminal and a polite kill clean up as Ctrl-C does

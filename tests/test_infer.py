@@ -590,7 +590,7 @@ def test_a_folder_of_videos_with_one_too_large(error, cli, tmp_path, monkeypatch
     assert (code, summary["failed"]) == (1, [str(folder / "b.mp4")])
     done = [str(folder / "a_x4.mp4"), str(folder / "c_x4.mp4")]
     assert [file["output"] for file in summary["files"]] == done
-    advice = "the memory is too small for this frame size; use a smaller -t, as -t 64"
+    advice = "the memory is too small for this frame size, even in the smallest parts"
     assert errors(stderr) == [f"error: {folder / 'b.mp4'}: {advice}"]
     assert cli(folder / "b.mp4") == (1, {}, f"error: {folder / 'b.mp4'}: {advice}\n")
     error = ZeroDivisionError("a mistake of the program")
