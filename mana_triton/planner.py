@@ -28,7 +28,8 @@ SMALLEST_TILE, SMALLEST_BAND, SMALLEST_ROWS = 32, 8, 16
 SHARE = 0.8  # of the memory that a stream plans with unless it is told
 
 # what the terms of `predict` take, in multiples of their tensors
-ENCODER, ATTENTION, DECODER, PICTURES = 4.0, 5.0, 1.2, 4.0
+ENCODER, ATTENTION, PICTURES, BANDS = 4, 5, 4, 1.25
+ALWAYS = 24 << 20  # bytes of threads and the allocator
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,26 @@ def predict(config: MANAConfig, itemsize: int, height: int, width: int, plan: Pl
     margin = 2 * config.decoder_blocks + 3
     side = plan.tile + 2 * margin if plan.tile else max(height, width)
     tile = min(side, width) * min(side, height)
-    decoder = DECODER * activations(config, itemsize, 1, tile)
+    decoder = activations(config, itemsize, 1, tile)
     attention = ATTENTION * t * values * min(plan.band, height) * width
     if plan.rows:
         inner = min(plan.rows + 2 * margin, height)
         outer = min(inner + 2 * RADIUS + 4 * config.encoder_blocks + 2, height)
         kept = (2 * t * d * outer + 2 * c * itemsize * inner) * width
         part = min(side, width) * min(plan.rows + 2 * margin, height)
-        decoder = DECODER * activations(config, itemsize, 1, part)
+        decoder = activations(config, itemsize, 1, part)
         encoder = ENCODER * c * itemsize * outer * width
-        return int(pictures + lr + plan.workers * (kept + max(encoder, attention, decoder)))
+        stacked = 2 * t * d * outer * width
+        work = BANDS * (kept + max(encoder, stacked, attention, decoder))
+        return int(ALWAYS + pictures + lr + plan.workers * work)
     kept = (2 * t * d + (reach + 2) * c * itemsize) * pixels
     encoder = ENCODER * c * itemsize * pixels
     work = d * pixels + max(attention, decoder)
     if plan.workers > 1:  # each holds the keys and values of its window
         shared = (plan.workers + 1) * 2 * t * d * pixels
-        return int(pictures + lr + kept + shared + encoder + plan.workers * work)
-    return int(pictures + lr + kept + max(encoder, work))
+        return ALWAYS + pictures + lr + kept + shared + encoder + plan.workers * work
+    mirrored = 2 * (t - 1) * d * pixels  # a copy of keys and values at the ends of a scene
+    return ALWAYS + pictures + lr + kept + max(encoder, mirrored + work)
 
 
 def activations(config: MANAConfig, itemsize: int, height: int, width: int) -> int:
