@@ -3,16 +3,16 @@
     python eval/accuracy.py                               # three frames of the demo clip
     python eval/accuracy.py --data DATA/val --frames 5    # the first frames of each clip
 
-Reference: float32, the attention as it is defined (`kernels/reference.py`, every pair), whole frames,
-one window after the other, none of `mana_triton.stream`. The paths are the stream's: its tolerance,
-decoder tiles, several frames side by side or encoded at once, half precision, what the command
-chooses by itself, and on a GPU both backends; and the ONNX file run by ONNX Runtime.
+Reference: float32, the attention as it is defined (`kernels/reference.py`, every pair), whole
+frames, one window after the other, none of `mana_triton.stream`. The paths are the stream's: its
+tolerance, decoder tiles, several frames side by side or encoded at once, half precision, what the
+command chooses by itself, and on a GPU both backends; and the ONNX file run by ONNX Runtime.
 
 Clips are cropped to multiples of 4 and shrunk by MATLAB's bicubic to 8 bits, as in an evaluation.
 A path meets the gate if its worst frame is close to the reference's, before rounding to 8 bits: 50
 dB in half precision, 80 dB (RMS a fortieth of a step of 8 bits) in float32; and if no clip's mean
-PSNR against the originals, in RGB or luma, moves by 0.02 dB. `python eval/run.py --bench` prints the
-same table. The last line of stdout is one JSON object; the exit code is 1 if a path misses the gate.
+PSNR against the originals, in RGB or luma, moves by 0.02 dB. `python eval/run.py --bench` prints
+the same table. The last line of stdout is one JSON object; the exit code is 1 if a path misses.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,10 +141,14 @@ def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
     }
 
 
+@lru_cache(maxsize=1)
+def _exported(model: MANA, height: int, width: int) -> Run:
+    return export.open_onnx(export.export(model, height, width, ".onnx", {})[0])
+
+
 def exported(model: MANA, lr: Tensor) -> Tensor:
     """A clip by ONNX Runtime on the CPU, from the exported file."""
-    content, _ = export.export(model, *lr.shape[2:], ".onnx", {})
-    run, lr = export.open_onnx(content), lr.cpu()
+    run, lr = _exported(model, *lr.shape[2:]), lr.cpu()
     results = [run(lr[numbers][None]) for numbers in windows(len(lr), model.config.frames)]
     return torch.cat(results).clamp(0, 1)
 
@@ -159,7 +163,7 @@ def check(clips: Iterable[Clip], model: MANA, candidates: dict[str, Fast]) -> li
         console.print(f"{clip.name}: reference")
         truth = reference_frames(model, clip.lr.to(device)).cpu()
         scores = _scores(clip, truth)
-        for name in candidates.keys() - refused.keys():
+        for name in [name for name in candidates if name not in refused]:
             console.print(f"{clip.name}: {name}")
             try:
                 frames = candidates[name].run(clip.lr)
@@ -179,7 +183,7 @@ def check(clips: Iterable[Clip], model: MANA, candidates: dict[str, Fast]) -> li
 
 def _scores(clip: Clip, frames: Tensor) -> list[float]:
     """The evaluation's means over the frames of a clip: PSNR in RGB and in luma."""
-    rounded = rearrange(frames * 255, "t c h w -> t h w c").round().byte().numpy()
+    rounded = rearrange(frames.clamp(0, 1) * 255, "t c h w -> t h w c").round().byte().numpy()
     pairs = list(zip(rounded, clip.originals, strict=True))
     return [float(np.mean([psnr(a, b, y_channel=y) for a, b in pairs])) for y in (False, True)]
 
