@@ -123,7 +123,10 @@ def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
 
     def streamed(**changes: Any) -> Fast:
         upscaler = Upscaler(model, scene_cuts=False, **plain | changes)
-        return Fast(upscaler.precision, lambda lr: torch.stack(list(upscaler.stream(lr.cpu()))))
+        return Fast(
+            upscaler.precision,
+            lambda lr: torch.stack([torch.as_tensor(x) for x in upscaler.stream(lr.cpu())]),
+        )
 
     gpu = {"fp32, tiled": streamed(backend="tiled")} if device.type == "cuda" else {}
     automatic = {"precision": "auto", "tile": "auto", "workers": "auto"}

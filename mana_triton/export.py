@@ -187,7 +187,7 @@ def program(model: MANA, height: int, width: int) -> ExportedProgram:
 
 def onnx_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
     """The content of an ONNX file of a program, with these strings as its metadata."""
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
 
     made = torch.onnx.export(
         exported, input_names=["frames"], output_names=["enlarged"], opset_version=OPSET,
@@ -209,7 +209,7 @@ def program_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
 
 def open_onnx(content: bytes) -> Callable[[Tensor], Tensor]:
     """ONNX Runtime on the CPU: frames [B, T, 3, H, W] -> [B, 3, 4H, 4W]."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it remarks on constants that are not used

@@ -106,7 +106,9 @@ def test_the_radius_holds_for_any_frames(tau):
         inputs = opposed(size, tau, radius)
         exact = reference.cross_frame_attention(*inputs).o
         division = export.Layout(radius, 0)
-        o = export.static_attention(*inputs, "bias", False, division=division)[0]
+        q, k, v, sigma, scale = inputs
+        attended = export.static_attention(q, k, v, sigma, scale, "bias", False, division=division)
+        o = attended[0]
         promised = TOLERANCE[torch.float32] * (1 + exact.abs())
         return ((o - exact).abs() - promised).max()
 
@@ -132,11 +134,11 @@ def test_without_a_bound_every_key_is_visited():
     ("name", "size"), [("windows", SIZE), ("every-pair", (7, 18)), ("gate", (17, 16))]
 )
 def test_onnx(name, size):
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
 
     model = build(VARIANTS[name])
     assert (export.certified_radius(model, max(size)) < min(size) / 2) == (name == "windows")
-    content, worst = export.export(model, *size, ".onnx", {"weights": "noise"})
+    content, worst = export.export(model, size[0], size[1], ".onnx", {"weights": "noise"})
     assert worst < 1e-5
     for batch in (1, 2):
         frames = window(model.config, batch, size)
