@@ -96,7 +96,7 @@ def windows(length: int, frames: int) -> list[list[int]]:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_frames(model: MANA, lr: Tensor) -> Tensor:
     """[T, 3, 4H, 4W] of a clip [T, 3, H, W]: dense attention in bands of rows, nothing else."""
     model = copy.deepcopy(model)

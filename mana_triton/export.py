@@ -249,7 +249,8 @@ def export(
     frames = torch.rand(1, model.config.frames, 3, height, width, generator=generator)
     model = copy.deepcopy(model).eval().float().cpu()
     with warnings.catch_warnings():
-        # PyTorch's own, about how it copies its programs
+        # PyTorch's own, about what its exporter imports and how it copies programs
+        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
         content = write(program(model, height, width), about)
         enlarged = open_file(content)(frames)
