@@ -18,7 +18,8 @@ The last line of stdout is one JSON object {"rows": [...]}.
 
     python eval/run.py --bench
 
-times this device instead: against the paper's 59 ms, the naive way and other attentions.
+times this device instead: against the paper's 59 ms, the naive way and other attentions; before,
+the frames of every fast path are compared with the float32 reference (`eval/accuracy.py`).
 """
 
 import argparse
@@ -51,7 +52,7 @@ from einops import rearrange
 from PIL import Image
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from eval import bench, report
+from eval import accuracy, bench, report
 from eval.datasets import (
     MIDDLE,
     SHRUNK,
@@ -715,6 +716,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )  # fmt: skip
     console.print(f"{name}: {upscaler.description}")
+    accurate = accuracy.gate(accuracy.demo(), "tiny", device, "the demo clip")
     rows: list[bench.Row] = []
     for title, caption, table in bench.compare(device, upscaler.precision, args.full):
         bench.show(table, title, caption)
@@ -727,6 +729,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         console.print(f"plot: {args.plot}")
     return {
         "rows": rows,
+        "accuracy": accurate,
         "paper_ms": bench.PAPER["ms"],
         "device": name,
         "precision": upscaler.precision,
@@ -768,6 +771,8 @@ def main() -> None:
             write_atomically(args.json, f"{line}\n".encode())
         except OSError as error:
             sys.exit(f"error: --json must be a file that can be written, got: {error}")
+    if failed := accuracy.missed(summary.get("accuracy", [])):
+        sys.exit(f"error: the accuracy gate is missed by: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from oracle import assert_as_accurate
 from torch.nn.attention.flex_attention import flex_attention
 
-from eval import bench, peers, run
+from eval import accuracy, bench, peers, run
 from mana_triton.kernels import reference
 from mana_triton.model import MANA, MANAConfig
 
@@ -185,6 +185,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "SIZE", SIZE)
     monkeypatch.setattr(bench, "SMALL_SIZES", ((8, 10), SIZE))
     monkeypatch.setattr(bench, "SECONDS", dict.fromkeys(bench.SECONDS, 0.0))
+    paths = accuracy.paths
+    monkeypatch.setattr(accuracy, "paths", lambda *of: {"bf16": paths(*of)["bf16"]})
     plot, copy = tmp_path / "plot.svg", tmp_path / "bench.json"
     monkeypatch.setattr(
         sys, "argv", ["run.py", "--bench", "--plot", str(plot), "--json", str(copy)]
@@ -196,6 +198,7 @@ def test_command(monkeypatch, tmp_path, capsys):
     result = json.loads(line)
     rows = result["rows"]
     assert {"device", "precision", "commit", "versions", "paper_ms"} <= set(result)
+    assert [(row["what"], row["gate"]) for row in result["accuracy"]] == [("bf16", "met")]
     published = [row for row in rows if row["what"] == "paper, 2080 Ti, published"]
     assert [(row["ms"], row["dtype"]) for row in published] == [(59.0, None)]
     assert published[0]["note"] == "code path, type unpublished"

@@ -76,13 +76,16 @@ def test_constraints_fit_the_requirements():
             name, version = line.split("==")
             assert canonicalize_name(name) not in pins, f"{name} is pinned twice"
             pins[canonicalize_name(name)] = version
-    for line in PROJECT["project"]["dependencies"]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    for line in PROJECT["project"]["dependencies"] + extras["onnx"]:
         need = Requirement(line)
         assert canonicalize_name(need.name) in pins, f"{need.name} has no pin"
         version = pins[canonicalize_name(need.name)]
         assert need.specifier.contains(version), f"{need} excludes the pin {version}"
-    for line in PROJECT["project"]["optional-dependencies"]["dev"]:
+    for line in extras["dev"]:
         assert re.fullmatch(r"[\w\[\]-]+==[\d.]+", line), f"{line} is not an exact version"
+        need = Requirement(line)  # a version that stands in both files must be the same
+        assert need.specifier.contains(pins.get(need.name, str(need.specifier)[2:])), line
 
 
 def test_constraints_hold_what_the_installed_dependencies_need():

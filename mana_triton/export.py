@@ -1,0 +1,375 @@
+"""Write the network for other programs: an ONNX file, or a PyTorch program without our operators.
+
+    python -m mana_triton.export tiny -o model.onnx --size 112x64   # for ONNX Runtime
+    python -m mana_triton.export tiny -o model.pt2 --size 112x64    # for torch.export.load
+
+WEIGHTS is a shipped name or a file, --size the WIDTHxHEIGHT of the low-resolution frames. The graph
+has one input `frames` [batch, 7, 3, H, W] in [0, 1], float32, with any batch, and one output
+`enlarged` [batch, 3, 4H, 4W], which is not clamped: the center frame, four times larger. Whoever
+runs it makes the windows: mirrored at the ends, see `mana_triton.stream`.
+
+What is exact. The attention of `tiled.py` chooses its windows from the data, which a fixed graph
+cannot. Here every square of 16 x 16 queries meets the keys up to a fixed
+radius around it, found when the file is made: with match="cosine" no logit exceeds the learned
+temperature tau, so that beyond the radius keys weigh less than 1e-6 of what is kept for whatever
+frames (the certificate of `tiled.py` with its worst case, a spread of 2 tau). Where logits have no
+bound (match="dot") and in the gate form the radius is the whole frame: every pair is visited. So
+frames differ from those of the model by rounding. Before the file gets its name it enlarges one
+window, by ONNX Runtime or PyTorch, and the difference is printed.
+
+Memory. The squares come one after the other. The logits of one, of its queries with the keys in
+reach in T frames, are held three times (bare, with the Gaussian, softmax), 4 bytes each; a line
+says how much that is. It does not grow with the frame unless every pair is visited, and grows with
+the batch. The decoder sees the whole frame. Each of the seven frames is encoded for each window; a
+stream of `mana_triton.upscale` encodes a frame once, and is faster.
+
+The metadata of the file hold the configuration, the SHA-256 of the weights, the scale, the radius
+and the versions. The last line of stdout is one JSON object. Exit codes: 0 done, 1 failed or
+stopped (one line says why), 2 wrong usage.
+"""
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import math
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from rich.console import Console
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch.export import Dim, ExportedProgram
+
+from .attention import TOLERANCE
+from .checkpoint import WEIGHTS, CheckpointError, load, named_weights
+from .kernels.tiled import _gaussian_outside
+from .model import MANA, SCALE
+from .progress import write_atomically
+
+OPSET = 18
+SUFFIXES = (".onnx", ".pt2")
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+SIDE = 16  # of the squares of queries
+LARGEST = 1 << 30  # bytes of a square's logits
+ALLOWED = 1e-4  # of [0, 1] by which a frame may differ: a fortieth of a step of 8 bits
+
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+class ExportError(Exception):
+    """What cannot be exported; the message is one line for the user."""
+
+
+class Layout(NamedTuple):
+    """How the attention of a graph is divided."""
+
+    radius: int  # of the keys around a square of queries
+    nbytes: int  # of a square's logits, for one clip
+
+
+def layout(model: MANA, height: int, width: int) -> Layout:
+    """The division for a frame size; ExportError if a square would take too much memory."""
+    radius = certified_radius(model, max(height, width))
+    keys = min(SIDE + 2 * radius, height) * min(SIDE + 2 * radius, width)
+    nbytes = 4 * model.config.frames * SIDE**2 * keys
+    if nbytes > LARGEST:
+        raise ExportError(
+            f"the attention must take at most {LARGEST >> 30} GiB at once, this model's visits "
+            f"{keys} keys and takes {nbytes / 2**30:.1f} GiB at {width}x{height}; take a smaller "
+            "--size, or weights whose configuration has match='cosine' and gaussian='bias'"
+        )
+    return Layout(radius, nbytes)
+
+
+def certified_radius(model: MANA, longest: int) -> int:
+    """Pixels beyond which keys weigh less than 1e-6 whatever the frames; `longest` is all keys."""
+    sigma = float(model.sigma.detach())
+    if model.config.match != "cosine" or model.config.gaussian != "bias" or math.isinf(sigma):
+        return longest
+    c = 1 / (2 * max(sigma, 1e-15) ** 2)
+    # any logit is at most tau, and that of the key at the query's own place at least -tau
+    spread = 2 * abs(float(model.temperature.detach()))
+    outside = _gaussian_outside(c, longest)
+    enough = outside + spread <= math.log(TOLERANCE[torch.float32])
+    return int(enough.to(torch.int8).argmax()) if enough.any() else longest
+
+
+def static_attention(
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, gaussian: str, offsets: bool,
+    *_: Any, division: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What stands for the operator mana::cross_frame_attention: fixed windows, plain operations.
+
+    Arguments and results are the operator's, for whole frames; of the results the network uses o
+    and the displacement, and only these are computed.
+    """
+    (b, height, width, d), t, side = q.shape, k.shape[1], SIDE
+    near = [min(side + 2 * division.radius, n) for n in (height, width)]  # rows, columns of keys
+    tops, lefts = (torch.arange(0, n, side, device=q.device) for n in (height, width))
+    down, across = tops.numel(), lefts.numel()
+    padded = F.pad(q * scale, (0, 0, 0, across * side - width, 0, down * side - height))
+    # clips and frames are one axis: in the loop nothing may ask for the size of the batch
+    squares = repeat(padded, "b (Y y) (X x) d -> (Y X) (b t) (y x) d", y=side, x=side, t=t)
+    flat_k, flat_v = (rearrange(x, "b t h w d -> (b t) (h w) d") for x in (k, v))
+    c = 1 / (2 * sigma.clamp(min=1e-15).square())
+
+    def square(carry: Tensor, x: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The next square of queries: nothing is carried, o beside the displacement is kept."""
+        own, top, left = x  # [B T, side^2, D], [], []
+        ys, xs = (
+            (start - division.radius).clamp(0, n - m) + torch.arange(m, device=q.device)
+            for start, n, m in ((top, height, near[0]), (left, width, near[1]))
+        )
+        index = (ys[:, None] * width + xs).flatten()
+        k_near, v_near = (x.index_select(1, index) for x in (flat_k, flat_v))
+        places = torch.arange(side, device=q.device)
+        # the Gaussian is a product of two: one for rows, one for columns
+        rows, cols = (
+            -c * (places[:, None] - z).to(q.dtype).square() for z in (ys - top, xs - left)
+        )
+        bell = (rows[:, None, :, None] + cols[None, :, None, :]).flatten(2).flatten(0, 1)
+        s = torch.bmm(own, k_near.mT)  # [B T, side^2, keys]
+        a = (s + bell).softmax(-1) if gaussian == "bias" else s.softmax(-1) * bell.exp()
+        o = torch.bmm(a, v_near)
+        if offsets:
+            of_keys = torch.stack(torch.meshgrid(ys - top, xs - left, indexing="ij"), -1)
+            of_own = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1)
+            of_keys, of_own = (x.flatten(0, 1).to(q.dtype) for x in (of_keys, of_own))
+            o = torch.cat([o, a @ of_keys - a.sum(-1, keepdim=True) * of_own], -1)
+        return carry.clone(), o
+
+    grid = (x.flatten() for x in torch.meshgrid(tops, lefts, indexing="ij"))
+    _, parts = scan(square, q.new_zeros(()), (squares, *grid))
+    result = rearrange(
+        parts, "(Y X) (b t) (y x) d -> b t (Y y) (X x) d", Y=down, X=across, y=side, x=side, t=t
+    )[:, :, :height, :width]
+    return (
+        result[..., :d].contiguous(), result[..., d:].contiguous() if offsets else q.new_empty(0),
+        q.new_full((b, t, height, width), math.nan), q.new_full((), math.nan, dtype=torch.float64),
+        q.new_empty(0, dtype=torch.int32),
+    )  # fmt: skip
+
+
+# ---- the files
+
+
+def program(model: MANA, height: int, width: int) -> ExportedProgram:
+    """The network for frames [B, T, 3, height, width], any B, in PyTorch's own operators.
+
+    Raises:
+        ExportError: see `layout`.
+    """
+    division = layout(model, height, width)
+    model = copy.deepcopy(model).eval().float().cpu()
+    model.backend = "tiled"
+    frames = torch.zeros(2, model.config.frames, 3, height, width)
+    # what it has seen before, of another size, would make the loop's sizes unknown
+    torch.compiler.reset()
+    with torch.no_grad():
+        exported = torch.export.export(model, (frames,), dynamic_shapes=({0: Dim("batch", min=1)},))
+        operator = torch.ops.mana.cross_frame_attention.default
+        replaced = functools.partial(static_attention, division=division)
+        return exported.run_decompositions({operator: replaced})
+
+
+def onnx_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
+    """The content of an ONNX file of a program, with these strings as its metadata."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    made = torch.onnx.export(
+        exported, input_names=["frames"], output_names=["enlarged"], opset_version=OPSET,
+        dynamo=True, verbose=False,
+    )  # fmt: skip
+    assert made is not None
+    proto = made.model_proto
+    onnx.helper.set_model_props(proto, about)
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+def program_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
+    """The content of a .pt2 file of a program, with these strings as its extra file."""
+    buffer = BytesIO()
+    torch.export.save(exported, buffer, extra_files={"about.json": json.dumps(about)})
+    return buffer.getvalue()
+
+
+def open_onnx(content: bytes) -> Callable[[Tensor], Tensor]:
+    """ONNX Runtime on the CPU: frames [B, T, 3, H, W] -> [B, 3, 4H, 4W]."""
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it remarks on constants that are not used
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["enlarged"], {"frames": x.numpy()})[0])
+
+
+def open_program(content: bytes) -> Callable[[Tensor], Tensor]:
+    """PyTorch, from a .pt2 file: frames [B, T, 3, H, W] -> [B, 3, 4H, 4W]."""
+    return torch.no_grad()(torch.export.load(BytesIO(content)).module())
+
+
+def export(
+    model: MANA, height: int, width: int, kind: str, about: dict[str, str]
+) -> tuple[bytes, float]:
+    """The content of a file, which was run and found right, and how far its frames were off.
+
+    Args:
+        model: the network.
+        height, width: of the low-resolution frames.
+        kind: of file, ".onnx" or ".pt2".
+        about: strings to keep in the file beside what `describe` says.
+
+    Raises:
+        ExportError: see `layout`; packages are missing; the file gives other frames.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None] if kind == ".onnx" else []
+    if missing:
+        raise ExportError(
+            f"ONNX files need {', '.join(NEEDED)}, there is no {' and no '.join(missing)}; "
+            f"run pip install {' '.join(missing)}, or write a .pt2 file"
+        )
+    about = describe(model, height, width) | about
+    write, open_file = (onnx_bytes, open_onnx) if kind == ".onnx" else (program_bytes, open_program)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.rand(1, model.config.frames, 3, height, width, generator=generator)
+    model = copy.deepcopy(model).eval().float().cpu()
+    with warnings.catch_warnings():
+        # PyTorch's own, about what its exporter imports and how it copies programs
+        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+        content = write(program(model, height, width), about)
+        enlarged = open_file(content)(frames)
+    with torch.no_grad():
+        worst = float((enlarged - model(frames)).abs().max())
+    if not worst <= ALLOWED:
+        raise ExportError(
+            f"the file must give the frames of the model within {ALLOWED:g}, it differs by "
+            f"{worst:.1e}; nothing was written, please report this with the versions of torch, "
+            "onnx and onnxruntime"
+        )
+    return content, worst
+
+
+def describe(model: MANA, height: int, width: int) -> dict[str, str]:
+    """What a file says of itself."""
+    return {
+        "format": "mana_triton/1",
+        "config": json.dumps(asdict(model.config)),
+        "scale": str(SCALE),
+        "frames": f"[batch, {model.config.frames}, 3, {height}, {width}] float32, RGB in [0, 1]",
+        "enlarged": f"[batch, 3, {SCALE * height}, {SCALE * width}] float32, not clamped",
+        "radius": str(layout(model, height, width).radius),
+        "torch": torch.__version__,
+    }
+
+
+# ---- the command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; wrong usage exits with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mana_triton.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shipped = ", ".join(named_weights())
+    parser.add_argument("weights", metavar="WEIGHTS", help=f"shipped ({shipped}) or a file")
+    parser.add_argument("-o", "--output", type=_output, required=True, metavar="OUT",
+        help="the file, .onnx or .pt2")  # fmt: skip
+    parser.add_argument("--size", type=_size, required=True, metavar="WIDTHxHEIGHT",
+        help="of the low-resolution frames, as 112x64")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser.parse_args(argv)
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"must end in {' or '.join(SUFFIXES)}, got {text!r}")
+    return path
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width."""
+    width, _, height = text.partition("x")
+    # ASCII digits: others are numbers to int() as well
+    if not (re.fullmatch("[0-9]{1,5}", width) and re.fullmatch("[0-9]{1,5}", height)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT as 112x64, got {text!r}")
+    if not int(width) * int(height):
+        raise argparse.ArgumentTypeError(f"must be at least 1x1, got {text!r}")
+    return int(height), int(width)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the file; what the JSON line says of it."""
+    (height, width), output = args.size, args.output
+    if output.exists() and not args.overwrite:
+        raise ExportError(f"{output} exists; pass --overwrite to replace it")
+    if not output.parent.is_dir():
+        raise ExportError(f"-o must lie in an existing folder, got {output}")
+    model = load(args.weights)
+    named = args.weights in named_weights()
+    file = WEIGHTS / f"{args.weights}.safetensors" if named else Path(args.weights)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    division = layout(model, height, width)
+    reach = "every key" if division.radius >= max(height, width) else (
+        f"keys up to {division.radius} pixels away"
+    )  # fmt: skip
+    console.print(
+        f"{args.weights} for {width}x{height} frames: {reach}, "
+        f"3 times {division.nbytes / 2**20:.0f} MiB of logits at once for each clip of a batch",
+        markup=False,
+    )
+    about = {"weights": args.weights, "weights_sha256": digest}
+    content, worst = export(model, height, width, output.suffix, about)
+    write_atomically(output, lambda part: part.write_bytes(content))
+    opset = OPSET if output.suffix == ".onnx" else None
+    console.print(
+        f"{output}: {len(content) / 2**20:.1f} MiB"
+        + (f", opset {opset}" if opset else "")
+        + f", within {worst:.1e} of the model's frames",
+        markup=False,
+    )
+    return {
+        "output": str(output), "bytes": len(content), "opset": opset,
+        "input": ["batch", model.config.frames, 3, height, width],
+        "output_shape": ["batch", 3, SCALE * height, SCALE * width],
+        "radius": division.radius, "square_mib": round(division.nbytes / 2**20, 1),
+        "largest_difference": worst, **about,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    args = parse_args()
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        summary = run(args)
+    except (ExportError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit("error: the memory is too small for this frame size; take a smaller --size")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
