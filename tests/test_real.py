@@ -57,8 +57,8 @@ def test_recipes_are_drawn_again_alike():
     assert {r.crf for r in recipes} == set(range(15, 36))
     # a share p of n recipes has the deviation sqrt(p (1 - p) / n); four of them
     for share, p in (
-        ([r.blur is not None for r in recipes], 0.5),
-        ([r.noise > 0 for r in recipes], 0.4),
+        ([r.blur is not None for r in recipes], 0.3),
+        ([r.noise > 0 for r in recipes], 0.25),
         ([r.codec is None for r in recipes], 0.1),
     ):
         assert abs(np.mean(share) - p) < 4 * math.sqrt(p * (1 - p) / 400)
