@@ -53,6 +53,7 @@ from rich.table import Table
 from . import preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
+from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, in_thread
@@ -81,8 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("input", type=Path, metavar="INPUT", help="a video, or a folder of pictures or videos")
     add("-o", "--output", type=Path, metavar="OUT", help="default: <name>_x4.<ext> beside INPUT")
     shipped = ", ".join(named_weights())
-    help_model = f"shipped weights ({shipped}) or a file (default: tiny)"
-    add("-n", "--model", default="tiny", metavar="NAME|FILE", help=help_model)
+    help_model = f"shipped weights ({shipped}) or a file (default: tiny-real; tiny for pictures)"
+    add("-n", "--model", metavar="NAME|FILE", help=help_model)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--backend", default="auto", choices=BACKENDS, help="of the attention (default: auto)")
     add("--precision", default="auto", choices=("auto", *DTYPES))
@@ -175,7 +176,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         resumed = writer.number
         with _kept(writer, args.segment), writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
-            _describe(reader, upscaler)
+            _describe(reader, upscaler, args)
             shown = _show_notes([*reader.notes, *writer.notes])
             if resumed:
                 console.print(f"continuing after {resumed} frames", markup=False)
@@ -252,7 +253,7 @@ def _kept(writer, length: int) -> Iterator[None]:
         raise
 
 
-def _describe(reader, upscaler: Upscaler) -> None:
+def _describe(reader, upscaler: Upscaler, args: argparse.Namespace) -> None:
     division = _division(reader, upscaler)
     tile, workers = division["tile"], division["workers"]
     why = upscaler.tile_for(reader.height, reader.width)[1]
@@ -262,6 +263,7 @@ def _describe(reader, upscaler: Upscaler) -> None:
         + f" ({why}); {workers} frame{'s' * (workers > 1)} at once",
         markup=False,
     )
+    console.print("weights {}: {}".format(*choose_weights(args)), markup=False)
 
 
 def _division(reader, upscaler: Upscaler) -> dict[str, int]:
@@ -388,12 +390,24 @@ def _default_output(source: Path, codec: str) -> Path:
     return source.with_name(f"{source.stem}_x{SCALE}{source.suffix if kept else '.mkv'}")
 
 
+def choose_weights(args: argparse.Namespace) -> tuple[str, str]:
+    """Name or file of the weights, and why."""
+    if args.model:
+        return args.model, "as -n says"
+    if args.input.suffix.lower() in SUFFIXES or (
+        args.input.is_dir() and not _holds_videos(args.input)
+    ):
+        return "tiny", "the default for pictures"
+    return "tiny-real", "the default for video files, trained on compressed video; -n chooses"
+
+
 def run(args: argparse.Namespace) -> tuple[dict, int]:
     """Do what the flags ask for; returns the JSON line and the exit code."""
     jobs = plan(args)
+    model, _ = choose_weights(args)
     try:
         upscaler = Upscaler(
-            args.model, device=args.device, precision=args.precision, tile=args.tile,
+            model, device=args.device, precision=args.precision, tile=args.tile,
             backend=args.backend,
         )  # fmt: skip
     except ValueError as error:  # no GPU
@@ -407,7 +421,7 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         "backend": upscaler.backend,
         "device": str(upscaler.device),
         "precision": upscaler.precision,
-        "weights": args.model,
+        "weights": model,
     }
     return summary, code
 
@@ -469,7 +483,7 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
     with _open(source, args) as reader:
         if picture.exists() and any(map(picture.samefile, getattr(reader, "files", [source]))):
             raise MediaError(f"{picture}: is the input itself; choose another output")
-        _describe(reader, upscaler)
+        _describe(reader, upscaler, args)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
         _show_notes(reader.notes)
         preview.save(sheet, picture)
@@ -494,7 +508,7 @@ def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Na
     began = time.perf_counter()
     with _open(source, args) as reader:
         console.print(f"{source} -> nothing is written", markup=False)
-        _describe(reader, upscaler)
+        _describe(reader, upscaler, args)
         frames = iter(reader)
         read = clock.timed("read", lambda: next(frames, None))
         with contextlib.closing(in_thread(iter(read, None))) as decoded:
