@@ -3,12 +3,13 @@
     python eval/ablate.py --data DATA/train --stills DATA/stills --val DATA/val --iterations 1000
 
 trains `tiny` and its variants from the same seeds on the same samples, one after the other (the
-same configuration under several names only once), and prints a table of their validation: the memory of the paper's Table 2 (0 to 1024 entries), the form
-of the Gaussian (bias, gate, none), dot or cosine matching, offsets on or off. The three stages take
-the paper's shares of the iterations. `neighbors` is what seven real frames gain over the center
-frame seven times. A run that was stopped goes on, and finished ones are not repeated. OUT holds
-ablation.md with the table, the paths of sigma and the temperature, and how much smaller than the
-paper's this training was; the last line of stdout is the same as JSON.
+same configuration under several names only once), and prints a table of their validation: the
+memory of the paper's Table 2 (0 to 1024 entries), the form of the Gaussian (bias, gate, none), dot
+or cosine matching, offsets on or off. The three stages take the paper's shares of the iterations.
+`neighbors` is what seven real frames gain over the center frame seven times. A run that was stopped
+goes on, and finished ones are not repeated. OUT holds ablation.md with the table, the paths of
+sigma and the temperature, and how much smaller than the paper's this training was; the last line of
+stdout is the same as JSON.
 """
 
 import argparse
