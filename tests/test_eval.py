@@ -982,3 +982,17 @@ def test_readme_shows_the_kept_measurement():
         for name, scores in {**row["per_clip"], "**mean**": row}.items():
             cells = [f"{scores[s]:.{3 if 'psnr' in s else 4}f}" for s in (*SCORES, "lpips")]
             assert f"| {name} | {row['method']} | {' | '.join(cells)} |" in readme
+
+
+def test_readme_shows_the_kept_measurements_of_compressed_clips():
+    kept = [
+        json.loads((ROOT / "eval" / "results" / f"val-crf-{crf}.json").read_text())
+        for crf in (18, 23, 28, 33)
+    ]
+    assert [summary["crf"] for summary in kept] == [18, 23, 28, 33]
+    readme = (ROOT / "README.md").read_text()
+    methods = [row["method"] for row in kept[0]["rows"]]
+    assert methods == ["bicubic", "mana:tiny", "mana:tiny-real"]
+    for number, method in enumerate(methods):
+        cells = [f"{summary['rows'][number]['psnr_rgb']:.3f}" for summary in kept]
+        assert f"| {method} | {' | '.join(cells)} |" in readme
