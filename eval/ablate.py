@@ -2,13 +2,14 @@
 
     python eval/ablate.py --data DATA/train --stills DATA/stills --val DATA/val --iterations 1000
 
-trains `tiny` and its variants from the same seeds on the same samples, one after the other, and
-prints a table of their validation: the memory of the paper's Table 2 (0 to 1024 entries), the form
-of the Gaussian (bias, gate, none), dot or cosine matching, offsets on or off. The three stages take
-the paper's shares of the iterations. `neighbors` is what seven real frames gain over the center
-frame seven times. A run that was stopped goes on, and finished ones are not repeated. OUT holds
-ablation.md with the table, the paths of sigma and the temperature, and how much smaller than the
-paper's this training was; the last line of stdout is the same as JSON.
+trains `tiny` and its variants from the same seeds on the same samples, one after the other (the
+same configuration under several names only once), and prints a table of their validation: the
+memory of the paper's Table 2 (0 to 1024 entries), the form of the Gaussian (bias, gate, none), dot
+or cosine matching, offsets on or off. The three stages take the paper's shares of the iterations.
+`neighbors` is what seven real frames gain over the center frame seven times. A run that was stopped
+goes on, and finished ones are not repeated. OUT holds ablation.md with the table, the paths of
+sigma and the temperature, and how much smaller than the paper's this training was; the last line of
+stdout is the same as JSON.
 """
 
 import argparse
@@ -67,9 +68,15 @@ def flags(args: argparse.Namespace, config: MANAConfig, seed: int, out: Path) ->
     return given + [str(x) for item in numbers.items() for x in item]
 
 
+def run_name(config: MANAConfig) -> str:
+    """The first variant with this configuration: under several names it is trained once."""
+    variants = (item for group in GROUPS.values() for item in group.items())
+    return next(name for name, other in variants if other == config)
+
+
 def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> dict:
     """Train one variant, or go on, and read what its log says."""
-    out = args.out / f"{variant}-{seed}"
+    out = args.out / f"{run_name(config)}-{seed}"
     train.train(train.parse_args(flags(args, config, seed, out)), config)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(entries) if "psnr_db" in entry)

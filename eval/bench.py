@@ -351,7 +351,7 @@ def _window(frames: np.ndarray) -> Tensor:
 def run_infer(clip: Path, threads: int) -> dict:
     """The JSON line of the command on a clip, in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "mana_triton.infer", str(clip), "--overwrite"],
+        [sys.executable, "-m", "mana_triton.infer", str(clip), "-n", "tiny", "--overwrite"],
         cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
     )  # fmt: skip

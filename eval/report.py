@@ -106,7 +106,10 @@ def _made_by(unit: "Unit") -> str:
     """Where the low-resolution frames come from."""
     if unit.output:
         return UNKNOWN
-    return FROM_DISK if unit.lr else unit.protocol.degradation
+    if unit.lr:
+        return FROM_DISK
+    crf = unit.protocol.crf
+    return unit.protocol.degradation + (f" + x264 crf {crf}" if crf is not None else "")
 
 
 def _cell(name: str, scores: dict) -> str:
@@ -165,7 +168,10 @@ def _low_resolution(summary: dict) -> str:
         UNKNOWN: "of folder: methods unknown, their frames were read from disk",
     }
     kinds = dict.fromkeys(row["degradation"] for row in summary["rows"])
-    return "; ".join(texts.get(kind, f"{kind} x1/{SCALE}, 8 bits") for kind in kinds)
+    for kind in kinds:
+        kernel, plus, codec = kind.partition(" + ")
+        texts.setdefault(kind, f"{kernel} x1/{SCALE}{plus}{codec}, 8 bits")
+    return "; ".join(texts[kind] for kind in kinds)
 
 
 # ---- tables on stdout

@@ -9,9 +9,10 @@ Data sets: any folder of videos or of folders of frames, under any name. The nam
 im4 is scored), Vimeo-90K-Motion and REDS4 mean what they do in the literature, and of these, Vid4,
 SPMCS, UDM10 and Parkour it is known how many clips and frames are the whole.
 
-Originals are cropped to multiples of 4; low-resolution frames are made from them, or read with
---lr, and have 8 bits. PSNR (dB) and SSIM in RGB and in luma (BT.601), LPIPS, and with --temporal
-tOF (pixels) are means over the frames of a clip, then over clips; frame_mean is over all frames.
+Originals are cropped to multiples of 4; low-resolution frames are made from them, and with --crf
+compressed as video is (x264, 4:2:0), or read with --lr, and have 8 bits. PSNR (dB) and SSIM in RGB
+and in luma (BT.601), LPIPS, and with --temporal tOF (pixels) are means over the frames of a clip,
+then over clips; frame_mean is over all frames.
 Frames that equal their originals have no PSNR; perfect_frames counts them, means leave them out.
 Each finished clip is kept in --results, so that an evaluation that was stopped continues.
 The last line of stdout is one JSON object {"rows": [...]}.
@@ -85,6 +86,7 @@ from mana_triton.metrics import (
     ssim,
     tof,
 )
+from mana_triton.real import compress
 from mana_triton.stream import Upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +111,7 @@ class Protocol:
     """What, beside the clip and the method, a score depends on."""
 
     degradation: str
+    crf: int | None  # of x264, which compresses the low-resolution frames
     crop_border: int
     temporal: bool
     lpips: str | None  # hash of the backbone's file, or "torchvision"; None leaves it out
@@ -286,6 +289,8 @@ def pairs(unit: Unit, digest) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             hr, ahead = tee(hr)
             how = unit.protocol.degradation
             small = (degrade(torch.from_numpy(frame.copy()), how).numpy() for frame in ahead)
+            if unit.protocol.crf is not None:
+                small = compress(small, "libx264", unit.protocol.crf)
             lr = _hashed(small, digest)
         enlarged = enlarge(unit.method, lr, unit.clip.scored, unit.protocol)
     numbered = ((i, frame) for i, frame in enumerate(hr) if i in unit.clip.scored)
@@ -575,6 +580,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="data sets; see above for names with a meaning")  # fmt: skip
     add("--method", nargs="+", default=[], metavar="METHOD", help="see above")
     add("--degradation", choices=(*DEGRADATIONS, "none"), default="matlab_bicubic")
+    add("--crf", type=int, choices=range(52), metavar="CRF",
+        help="compress the low-resolution frames by x264 with this quality, 0 to 51")  # fmt: skip
     add("--lr", nargs="+", type=_named_path, default=[], metavar="NAME=PATH",
         help="low-resolution frames of a data set, instead of making them")  # fmt: skip
     add("--crop-border", type=_at_least(0), default=0, metavar="PIXELS")
@@ -602,6 +609,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--plot must end in .svg or .png, got {args.plot}")
     if not args.bench and not (args.data and args.method):
         parser.error("the following arguments are required: --data, --method (or --bench)")
+    if args.crf is not None and (args.lr or args.degradation == "none"):
+        parser.error("--crf compresses frames that are made; leave out --lr and --degradation none")
     if args.full and not args.bench:
         parser.error("--full belongs to --bench")
     for flag, names in ("--data", [n for n, _ in args.data]), ("--method", args.method):
@@ -645,7 +654,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     _check_device(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = Protocol(
-        args.degradation, args.crop_border, args.temporal, _lpips_identity(args.lpips_backbone),
+        args.degradation, args.crf, args.crop_border, args.temporal,
+        _lpips_identity(args.lpips_backbone),
         device if args.device == "auto" else args.device, args.precision, _sources_hash(),
     )  # fmt: skip
     commit = _commit()  # of what runs, whatever is committed meanwhile
@@ -656,6 +666,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     summary = {
         "rows": report.rows(results, _describe(args.method, protocol)),
         "degradation": args.degradation,
+        "crf": args.crf,
         "crop_border": args.crop_border,
         "lr_from_disk": sorted(dict(args.lr)),
         "rounding": "8 bits",

@@ -22,7 +22,7 @@ _SUBTITLES = {
     ".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".mkv": "subrip", ".webm": "webvtt",
 }  # fmt: skip
 # what a transport stream names; it takes all else, too, but nobody could tell what it is
-_IN_TS = re.compile(
+IN_TS = re.compile(
     "h264|hevc|mpeg[124]video|mpeg4|vc1|aac|aac_latm|mp[123]|e?ac3|dts|truehd|opus|s302m"
     "|dvb_subtitle|dvb_teletext|hdmv_pgs_subtitle|klv|scte_35|timed_id3"
 )
@@ -31,7 +31,7 @@ _QUICKTIME_LANGUAGES = {"deu": "ger", "nld": "dut", "ell": "gre", "isl": "ice", 
 # tags that describe the input file rather than its content
 _STALE_TAG = re.compile(
     "major_brand|minor_version|compatible_brands|encoder|duration|bps|number_of_(frames|bytes)"
-    "|_statistics_.*|vendor_id",
+    "|bps-.*|number_of_(frames|bytes)-.*|_statistics_.*|vendor_id|alpha_mode",
     re.IGNORECASE,
 )
 # tags that mp4 stores where every player looks; others need a newer place that few look at
@@ -131,7 +131,7 @@ class Copier:
         if suffix == ".avi" and stream.type != "audio":
             return False
         name = codec.canonical_name if codec else getattr(stream, "name", None) or ""
-        if suffix == ".ts" and not _IN_TS.fullmatch(name):
+        if suffix == ".ts" and not IN_TS.fullmatch(name):
             return False
         try:
             with av.open(io.BytesIO(), "w", format=self._output.format.name) as trial:

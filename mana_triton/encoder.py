@@ -15,6 +15,7 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorRange
 
 from . import color as colors
+from .copier import IN_TS
 from .frame import MP4_LIKE, Frame, MediaError, Timed, reason
 from .readers import Reader
 
@@ -100,6 +101,8 @@ class VideoEncoder:
             encoder = av.Codec(codec, "w")
             if encoder.type != "video":
                 raise UnknownCodecError(codec)
+            if self.suffix == ".ts" and not IN_TS.fullmatch(encoder.canonical_name):
+                raise ValueError(codec)  # FFmpeg would write it as data that no player reads
             stream = cast(av.VideoStream, self._container.add_stream(codec, self._reader.rate))
         except UnknownCodecError as error:
             known = ", ".join(name for name in ENCODERS if name in av.codecs_available)
@@ -185,7 +188,10 @@ class VideoEncoder:
         elif wanted not in (offered or [wanted]):
             known = " ".join(offered)
             raise MediaError(f"{encoder.name} cannot write pix_fmt '{wanted}'; use one of {known}")
-        self._format = av.VideoFormat(wanted, self.width, self.height)
+        try:
+            self._format = av.VideoFormat(wanted, self.width, self.height)
+        except ValueError as error:
+            raise MediaError(f"there is no pix_fmt '{wanted}'; use for example yuv420p") from error
         full = self._reader.color.full_range or self._format.is_rgb or wanted.startswith("yuvj")
         self._range = ColorRange.JPEG if full else ColorRange.MPEG
 

@@ -55,6 +55,7 @@ from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
 from .encoder import ENCODER_MEMORY
 from .frame import explained
+from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, in_thread
@@ -95,8 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("input", type=Path, metavar="INPUT", help="a video, or a folder of pictures or videos")
     add("-o", "--output", type=Path, metavar="OUT", help="default: <name>_x4.<ext> beside INPUT")
     shipped = ", ".join(named_weights())
-    help_model = f"shipped weights ({shipped}) or a file (default: tiny)"
-    add("-n", "--model", default="tiny", metavar="NAME|FILE", help=help_model)
+    help_model = f"shipped weights ({shipped}) or a file (default: tiny-real; tiny for pictures)"
+    add("-n", "--model", metavar="NAME|FILE", help=help_model)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--backend", default="auto", choices=BACKENDS, help="of the attention (default: auto)")
     add("--precision", default="auto", choices=("auto", *DTYPES))
@@ -199,7 +200,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         resumed = writer.number
         with _kept(writer), writer:
             console.print(f"{source} -> {output}, {width}x{height}", markup=False)
-            _describe(reader, upscaler)
+            _describe(reader, upscaler, args)
             shown = _show_notes([*reader.notes, *writer.notes])
             if resumed:
                 console.print(f"continuing after {resumed} frames", markup=False)
@@ -252,7 +253,7 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
         "input": segments.input_identity(reader),
         # sums are added in another order by another number of threads
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "software": {"torch": torch.__version__, "av": av.__version__},
+        "software": {x.__name__: x.__version__ for x in (torch, av, np)} | {"ours": segments.OURS},
     }
 
 
@@ -279,7 +280,7 @@ def _kept(writer) -> Iterator[None]:
         raise
 
 
-def _describe(reader, upscaler: Upscaler) -> None:
+def _describe(reader, upscaler: Upscaler, args: argparse.Namespace) -> None:
     plan = upscaler.plan_for(reader.height, reader.width)
     parts = [f"tiles of {plan.tile} pixels" if plan.tile else "no tiles"]
     if plan.rows:
@@ -290,6 +291,7 @@ def _describe(reader, upscaler: Upscaler) -> None:
         f"about {plan.peak / 2**30:.1f} GiB beside the program",
         markup=False,
     )
+    console.print("weights {}: {}".format(*choose_weights(args)), markup=False)
 
 
 def _plan(source: Path, reader, upscaler: Upscaler) -> planner.Plan:
@@ -423,12 +425,24 @@ def _default_output(source: Path, codec: str) -> Path:
     return source.with_name(f"{source.stem}_x{SCALE}{source.suffix if kept else '.mkv'}")
 
 
+def choose_weights(args: argparse.Namespace) -> tuple[str, str]:
+    """Name or file of the weights, and why."""
+    if args.model:
+        return args.model, "as -n says"
+    if args.input.suffix.lower() in SUFFIXES or (
+        args.input.is_dir() and not _holds_videos(args.input)
+    ):
+        return "tiny", "the default for pictures"
+    return "tiny-real", "the default for video files, trained on compressed video; -n chooses"
+
+
 def run(args: argparse.Namespace) -> tuple[dict, int]:
     """Do what the flags ask for; returns the JSON line and the exit code."""
     jobs = plan(args)
+    model, _ = choose_weights(args)
     try:
         upscaler = Upscaler(
-            args.model, device=args.device, precision=args.precision, tile=args.tile,
+            model, device=args.device, precision=args.precision, tile=args.tile,
             backend=args.backend, memory_budget=_streams_share(args),
         )  # fmt: skip
     except ValueError as error:  # no GPU
@@ -442,7 +456,7 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         "backend": upscaler.backend,
         "device": str(upscaler.device),
         "precision": upscaler.precision,
-        "weights": args.model,
+        "weights": model,
     }
     return summary, code
 
@@ -522,7 +536,7 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
         if is_there and any(map(picture.samefile, getattr(reader, "files", [source]))):
             raise MediaError(f"{picture}: is the input itself; choose another output")
         _plan(source, reader, upscaler)
-        _describe(reader, upscaler)
+        _describe(reader, upscaler, args)
         sheet = preview.sheet(*preview.enlarged_frame(reader, upscaler, args.preview))
         _show_notes(reader.notes)
         preview.save(sheet, picture)
@@ -552,7 +566,7 @@ def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Na
     with _open(source, args) as reader:
         _plan(source, reader, upscaler)
         console.print(f"{source} -> nothing is written", markup=False)
-        _describe(reader, upscaler)
+        _describe(reader, upscaler, args)
         frames = iter(reader)
         read = clock.timed("read", lambda: next(frames, None))
         with contextlib.closing(in_thread(iter(read, None))) as decoded:

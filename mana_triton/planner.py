@@ -210,11 +210,11 @@ def held(device: torch.device) -> int:
 def size(device: torch.device) -> int | None:
     """Bytes of memory that this process may use; None where the system does not tell.
 
-    Of a GPU those that are free now; of a computer all, or the limit of its control group, so
-    that the same job is divided alike whatever else is running.
+    All there are, or the limit of the control group, so that the same job is divided alike
+    whatever else is running.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[1]
     sizes = []
     if (status := Path("/proc/meminfo")).exists():
         found = re.search(r"MemTotal:\s+(\d+) kB", status.read_text())

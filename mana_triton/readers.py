@@ -208,6 +208,9 @@ class VideoReader(_Reader):
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
         self.color, self.bits = self._find_color(first), colors.depth(first.format)
+        tags = {key.lower(): value for key, value in self._stream.metadata.items()}
+        if tags.get("alpha_mode") == "1" and not colors.has_alpha(first.format):
+            self._note("transparency is lost: this codec's decoder does not read it")
         side_data = {data.type.name: bytes(data) for data in first.side_data}
         self.mastering = _mastering(side_data.get("MASTERING_DISPLAY_METADATA", b""))
         self.light_level = _light_level(side_data.get("CONTENT_LIGHT_LEVEL", b""))
@@ -446,7 +449,9 @@ class ImageFolderReader(_Reader):
         self.files = [
             file
             for file in names
-            if file.suffix.lower() in images.SUFFIXES and not file.name.startswith(".")
+            if file.suffix.lower() in images.SUFFIXES
+            and not file.name.startswith(".")
+            and file.is_file()
         ]
         if not self.files:
             raise MediaError(f"{path}: holds no pictures ({' '.join(images.SUFFIXES)})")

@@ -58,6 +58,7 @@ from .video import ImageFolderWriter, VideoWriter, _Writer
 FORMAT = 2
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
 PICTURES = 8  # the same for PNG files, which cost nothing to part
+OURS = 1  # raised when the same input and weights begin to give other frames
 SAMPLES, SAMPLE = 64, 1 << 16  # how much of the input is hashed: 4 MiB, evenly spread
 # what a system says of a lock that another process holds; Windows has words of its own
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK)
@@ -214,8 +215,7 @@ class Parts:
         self._manifest = self.path / "manifest"
         job = {"format": FORMAT} | json.loads(json.dumps(job))
         with explained(self.path, "write"):
-            if self.path.is_symlink():
-                raise MediaError(f"{self.path}: is a symbolic link; move it elsewhere")
+            _refuse_links(self.path)
             is_new = not self.path.exists()
             self.path.mkdir(exist_ok=True)
             try:
@@ -331,12 +331,22 @@ def sweep(output: Path) -> None:
     folder = parts_of(output)
     if not (output.exists() and folder.is_dir()):
         return
+    _refuse_links(folder)
     lines = _lines(folder / "manifest")
     name = lines[-1].get("complete") if lines else None
     is_named = name is not None and not (folder / name).exists()
     if is_named or all(file.name == "lock" for file in folder.iterdir()):
         with explained(folder, "remove"):
             _remove(folder, _lock(folder, output))
+
+
+def _refuse_links(folder: Path) -> None:
+    """MediaError if the folder is a symbolic link or holds one: what it leads to is not ours."""
+    if folder.is_symlink():
+        raise MediaError(f"{folder}: is a symbolic link; move it elsewhere")
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_symlink():
+            raise MediaError(f"{entry}: is a symbolic link; remove it")
 
 
 def _remove(folder: Path, lock: IO) -> None:

@@ -48,6 +48,7 @@ _WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 Picture = np.ndarray | Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def _plain(function: Callable[P, R]) -> Callable[P, R]:
@@ -619,17 +620,15 @@ def _thumbnail(frame: Picture, side: int) -> np.ndarray:
     return sums / np.outer(np.diff(y), np.diff(x))
 
 
-def side_by_side(
-    function: Callable[[_Window], Picture], items: Iterable[_Window], workers: int
-) -> Iterator[Picture]:
+def side_by_side(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Map in threads that share the cores of PyTorch, in order, a few items ahead."""
     threads = torch.get_num_threads()
-    running: deque[Future[Picture]] = deque()
+    running: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         _share_threads(pool, workers, threads)
         ends: list[BaseException] = []
 
-        def until_the_end() -> Iterator[_Window]:
+        def until_the_end() -> Iterator[T]:
             try:
                 yield from items
             except Exception as error:  # raised again when what came before it is done

@@ -30,6 +30,7 @@ from mana_triton import checkpoint
 from mana_triton.attention import BACKENDS, choose_backend
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.data import DEGRADATIONS, Clip, DataError, Sampler, open_clips
+from mana_triton.growth import GrowthError, grow
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.parallel import Processes
 from mana_triton.progress import Display, Log, StopSignal, write_atomically
@@ -471,10 +472,13 @@ def _new_model(args: argparse.Namespace, config: MANAConfig) -> MANA:
     torch.manual_seed(args.seed)
     model = checkpoint.load(args.init_from) if args.init_from else MANA(config)
     if model.config != config:
-        raise TrainingError(
-            f"{args.init_from} must hold a model of the preset {args.preset}, it holds "
-            f"{model.config}; change --preset"
-        )
+        try:
+            model = grow(model, config)
+        except GrowthError as error:
+            raise TrainingError(
+                f"{args.init_from} must hold a model of the preset {args.preset} or one that can "
+                f"grow into it: {error}; change --preset"
+            ) from error
     model.backend = args.backend
     return model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -537,7 +541,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--preset", choices=("tiny", "small", "paper", "official"), default="tiny", help="model")
-    add("--init-from", type=Path, metavar="FILE", help="weights to start from")
+    add("--init-from", type=Path, metavar="NAME|FILE", help="weights to start from; a smaller"
+        " network's grow into a larger one with the same function")  # fmt: skip
     for stage, (iterations, rate) in enumerate([(90000, 1e-4), (30000, 1e-4), (30000, 1e-5)], 1):
         add(f"--stage{stage}", type=int, default=iterations, help=f"iterations of stage {stage}")
         flag = "--lr" if stage == 1 else f"--lr{stage}"

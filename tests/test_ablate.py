@@ -34,6 +34,12 @@ def test_stages_have_the_papers_shares():
     assert ablate.stages(150, MANAConfig(memory_slots=0)) == (90, 0, 60)
 
 
+def test_one_configuration_under_several_names_is_one_training():
+    names = [ablate.run_name(c) for group in ablate.GROUPS.values() for c in group.values()]
+    assert len(names) == 12 and len(set(names)) == 10
+    assert names.count("memory-128") == 3  # bias, and cosine-offsets
+
+
 def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
     small = {"bias": CONFIG, "none": MANAConfig(**{**vars(CONFIG), "sigma": float("inf")})}
     monkeypatch.setattr(ablate, "GROUPS", {"memory": {}, "weighting": small, "matching": {}})

@@ -33,6 +33,7 @@ from eval import datasets, report, run
 from mana_triton import checkpoint, metrics
 from mana_triton.data import DataError, degrade, upscale_bicubic
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.real import compress
 from mana_triton.stream import upscale
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,6 +237,18 @@ def test_hash_is_that_of_the_low_resolution_frames(evaluate, folder, clips, how)
     hr = clips["one"]
     expected = np.mean([psnr(a, b) for a, b in zip(enlarged(hr, how), hr, strict=True)])
     assert row["per_clip"]["one"]["psnr_rgb"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_low_resolution_frames_are_compressed(evaluate, folder, clips):
+    summary = evaluate("--data", f"a={folder}", "--method", "bicubic", "--crf", "28")
+    lr = [np.stack(list(compress(shrunk(frames), "libx264", 28))) for frames in clips.values()]
+    row = only(summary)
+    assert row["lr_sha256"] == hash_of(lr)
+    assert (summary["crf"], row["degradation"]) == (28, "matlab_bicubic + x264 crf 28")
+    results = upscale_bicubic(torch.from_numpy(lr[0])).numpy()
+    expected = np.mean([psnr(a, b) for a, b in zip(results, clips["one"], strict=True)])
+    assert row["per_clip"]["one"]["psnr_rgb"] == pytest.approx(expected, abs=1e-9)
+    assert "matlab_bicubic x1/4 + x264 crf 28, 8 bits" in report._low_resolution(summary)
 
 
 def test_low_resolution_frames_from_disk_replace_made_ones(evaluate, folder, clips, tmp_path):
@@ -969,3 +982,17 @@ def test_readme_shows_the_kept_measurement():
         for name, scores in {**row["per_clip"], "**mean**": row}.items():
             cells = [f"{scores[s]:.{3 if 'psnr' in s else 4}f}" for s in (*SCORES, "lpips")]
             assert f"| {name} | {row['method']} | {' | '.join(cells)} |" in readme
+
+
+def test_readme_shows_the_kept_measurements_of_compressed_clips():
+    kept = [
+        json.loads((ROOT / "eval" / "results" / f"val-crf-{crf}.json").read_text())
+        for crf in (18, 23, 28, 33)
+    ]
+    assert [summary["crf"] for summary in kept] == [18, 23, 28, 33]
+    readme = (ROOT / "README.md").read_text()
+    methods = [row["method"] for row in kept[0]["rows"]]
+    assert methods == ["bicubic", "mana:tiny", "mana:tiny-real"]
+    for number, method in enumerate(methods):
+        cells = [f"{summary['rows'][number]['psnr_rgb']:.3f}" for summary in kept]
+        assert f"| {method} | {' | '.join(cells)} |" in readme

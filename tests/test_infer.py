@@ -161,6 +161,7 @@ def test_a_video_with_sound_and_rotation(weights, tmp_path):
         assert (reader.width, reader.height, reader.rotation) == (64, 48, 90)
     lines = result.stderr.splitlines()
     assert lines[0] == f"{source} -> {output}, 64x48"
+    assert lines[2] == f"weights {weights}: as -n says"
     assert lines[1] == (
         "cpu, fp32 (the fastest here), attention by tiled"
         " (not triton: it needs an NVIDIA or AMD GPU, got cpu);"
@@ -197,6 +198,25 @@ def test_pictures_become_a_video_and_back(folder, bilinear, cli, tmp_path):
     for shot, source in zip(shots, read_all(folder), strict=True):
         small = np.asarray(Image.open(shot).resize((14, 9), Image.Resampling.BOX), np.float32)
         assert np.abs(small - source).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected", "reason"),
+    [
+        ("clip.mp4", [], "tiny-real", "the default for video files"),
+        ("videos", [], "tiny-real", "the default for video files"),
+        ("pictures", [], "tiny", "the default for pictures"),
+        ("one.PNG", [], "tiny", "the default for pictures"),
+        ("clip.mp4", ["-n", "tiny"], "tiny", "as -n says"),
+        ("pictures", ["-n", "x.safetensors"], "x.safetensors", "as -n says"),
+    ],
+)
+def test_default_weights_are_those_for_the_input(name, flags, expected, reason, tmp_path):
+    for file in ("clip.mp4", "videos/a.mkv", "pictures/1.png", "one.PNG"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    chosen, why = infer.choose_weights(parse_args([str(tmp_path / name), *flags]))
+    assert chosen == expected and why.startswith(reason)
 
 
 def test_compare_shows_bicubic_on_the_left(folder, weights, cli):

@@ -57,8 +57,8 @@ def test_recipes_are_drawn_again_alike():
     assert {r.crf for r in recipes} == set(range(15, 36))
     # a share p of n recipes has the deviation sqrt(p (1 - p) / n); four of them
     for share, p in (
-        ([r.blur is not None for r in recipes], 0.5),
-        ([r.noise > 0 for r in recipes], 0.4),
+        ([r.blur is not None for r in recipes], 0.3),
+        ([r.noise > 0 for r in recipes], 0.25),
         ([r.codec is None for r in recipes], 0.1),
     ):
         assert abs(np.mean(share) - p) < 4 * math.sqrt(p * (1 - p) / 400)
@@ -78,6 +78,8 @@ def test_a_kernel_has_the_moments_it_is_named_after(first, second, angle):
     axis = torch.arange(-reach, reach + 1).double()
     y, x = axis[:, None], axis[None, :]
     assert kernel.sum() == pytest.approx(1, abs=1e-12)
+    # subnormal weights once made a frame take seconds
+    assert kernel[kernel > 0].min() > torch.finfo(torch.float32).tiny
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
     for direction, width in ((along, first), (across, second)):

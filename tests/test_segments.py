@@ -562,6 +562,22 @@ def test_unfinished_work_is_not_put_behind_a_link(clip, weights, runner, tmp_pat
     assert run.err == f"error: {output}.parts: is a symbolic link; move it elsewhere\n"
 
 
+@pytest.mark.parametrize("flags", [[], ["--restart"]])
+@pytest.mark.parametrize("name", ["frames", "lock", "manifest"])
+def test_links_in_unfinished_work_are_not_followed(name, flags, clip, weights, runner, tmp_path):
+    elsewhere, output = tmp_path / "elsewhere", tmp_path / "clip_x4.mp4"
+    (elsewhere / "folder").mkdir(parents=True)
+    (elsewhere / "letter.txt").write_text("precious")
+    parts = tmp_path / "clip_x4.mp4.parts"
+    parts.mkdir()
+    link = parts / name
+    link.symlink_to(elsewhere if name == "frames" else elsewhere / "new")
+    run = runner(*command(clip, weights, output), *flags)
+    assert (run.code, run.err) == (1, f"error: {link}: is a symbolic link; remove it\n")
+    assert (elsewhere / "letter.txt").read_text() == "precious"
+    assert sorted(file.name for file in elsewhere.iterdir()) == ["folder", "letter.txt"]
+
+
 # inputs and outputs of other kinds
 
 
