@@ -242,13 +242,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(
-    q: Tensor, window: Tensor, strip: _Strip
-) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    q: Tensor, window: Tensor, strip: _Strip, frame_rows: int
+) -> Iterator[tuple[slice, list[int], Tensor, Tensor]]:
     """Attention of a strip's queries q [rows, cols, E], some rows at a time.
 
     Yields:
-        The rows, the number of keys that each query meets, o [T, tiles, rows of a tile, cols, E]
-        and lse [T, tiles, rows of a tile, cols].
+        The rows, the number of the frame's keys that the queries of each tile meet,
+        o [T, tiles, rows of a tile, cols, E] and lse [T, tiles, rows of a tile, cols].
     """
     (_, cols, e), (_, t, key_rows, key_cols, _) = q.shape, window.shape
     line = key_cols * e
@@ -262,7 +262,12 @@ def _attend(
         qa = q[own].view(tiles, 1, -1, e).expand(-1, t, -1, -1)
         o, lse = _flash(qa, ka, va)
         o, lse = (x.transpose(0, 1).unflatten(2, (height, cols)) for x in (o, lse))
-        yield own, shape[2], o, lse
+        first = strip.key_rows.start + near.start
+        spans = [
+            (y, y + near.stop - near.start) for y in range(first, first + tiles * height, height)
+        ]
+        keys = [(min(last, frame_rows) - max(y, 0)) * key_cols for y, last in spans]
+        yield own, keys, o, lse
 
 
 def _attend_backward(
@@ -308,7 +313,7 @@ class _CrossFrame(torch.autograd.Function):
         def run(strip: _Strip) -> None:
             at = strip.queries(first_row)
             qa, columns, window = operands.of(strip)
-            for own, keys, o_own, lse_own in _attend(qa, window, strip):
+            for own, keys, o_own, lse_own in _attend(qa, window, strip, k.shape[2]):
                 targets = (x[at][:, own] for x in (o, displacement, lse))
                 o_at, displacement_at, lse_at = (
                     x.unflatten(1, lse_own.shape[1:3]) for x in targets
@@ -317,7 +322,8 @@ class _CrossFrame(torch.autograd.Function):
                 o_at.copy_(o_own[..., :d])
                 torch.sub(o_own[..., d : d + 2], place, out=displacement_at)
                 lse_at.copy_(lse_own)
-                visited[at][:, own] = keys
+                counts = torch.tensor(keys, dtype=work, device=q.device)
+                visited[at][:, own] = counts.repeat_interleave(lse_own.shape[2])[:, None]
 
         certificate = _Certificate(q, k, c.item(), eta)
         largest = certificate.largest.max().item()
