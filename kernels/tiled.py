@@ -137,7 +137,7 @@ def _first_strips(
     shape is that of the keys [B, T, H, W, D].
     """
     clips, frames, height, width, d = shape
-    halo = certificate.halo
+    start = halo = certificate.halo
     step, across = (4, 8) if halo < NEAR else (16, 16)
     if halo >= max(height, width):
         step = STRIP  # all tiles meet the same keys
@@ -147,6 +147,7 @@ def _first_strips(
     for clip in range(clips):
         for t in range(0, frames, some):
             for top in range(first_row, first_row + rows, longest):
+                certificate.halo = start  # rows of strips alike, whatever came before them
                 for left in range(0, width, across):
                     bottom, right = min(top + longest, first_row + rows), min(left + across, width)
                     at, halo = slice(t, min(t + some, frames)), certificate.halo

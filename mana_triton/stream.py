@@ -416,11 +416,12 @@ class Upscaler:
         scale = model.config.logit_scale or (model.config.channels // 2) ** -0.5
         longest = torch.tensor([[frame.longest for frame in window.frames]])
         f = self._rows(window.center, top, bottom)
-        q = rearrange(model.phi(self._normed(window.center, f)), "n d h w -> n h w d")
+        q = rearrange(model.phi(_normed(f, window.center.norm)), "n d h w -> n h w d")
+        reach = self.radius
         while True:
-            first, last = max(top - self.radius, 0), min(bottom + self.radius, height)
+            first, last = max(top - reach, 0), min(bottom + reach, height)
             parts = [
-                model.keys_values(self._normed(frame, self._rows(frame, first, last)))
+                model.keys_values(_normed(self._rows(frame, first, last), frame.norm))
                 for frame in window.frames
             ]
             k, v = (torch.stack(x, 1) for x in zip(*parts, strict=True))
@@ -433,9 +434,9 @@ class Upscaler:
                 model.temperature if cosine else torch.tensor(scale, device=k.device),
                 TOLERANCE,
             )
-            if radius <= self.radius or (first == 0 and last == height):
+            if radius <= reach or (first == 0 and last == height):
                 break
-            self.radius = radius
+            self.radius = reach = radius
         for start in range(0, bottom - top, band):
             rows = slice(start, start + band)
             f[:, :, rows] = model.fuse(
@@ -449,12 +450,6 @@ class Upscaler:
         start = max(first - self.model.encoder_reach, 0)
         x = self._input(frame.lr[:, :, start : last + self.model.encoder_reach])
         return self.model.extract(x)[:, :, first - start : last - start]
-
-    def _normed(self, frame: _Encoded, f: Tensor) -> Tensor:
-        """GroupNorm of some rows, with the numbers of the whole frame."""
-        assert frame.norm is not None
-        scale, shift = frame.norm
-        return (f * scale + shift).to(f.dtype)
 
     def _measure(self, frame: _Encoded, rows: int) -> None:
         """Find the normalization of a whole frame, and its longest key, band by band."""
@@ -473,11 +468,14 @@ class Upscaler:
         scale = norm.weight.double() / deviation
         shift = norm.bias.double() - mean * scale
         work = torch.promote_types(DTYPES[self.precision], torch.float32)
-        frame.norm = scale[None, :, None, None].to(work), shift[None, :, None, None].to(work)
+        found = scale[None, :, None, None].to(work), shift[None, :, None, None].to(work)
+        longest = 0.0
         for first, last in _spans(height, rows):
-            k, _ = self.model.keys_values(self._normed(frame, self._rows(frame, first, last)))
+            k, _ = self.model.keys_values(_normed(self._rows(frame, first, last), found))
             length = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax().item()
-            frame.longest = max(frame.longest, length)
+            longest = max(longest, length)
+        frame.longest = longest
+        frame.norm = found  # last: another worker takes it for the sign that all is there
 
     def _canvas(self, center: _Encoded) -> Tensor:
         """Room for an enlarged frame [4H, 4W, 3], of integers as given or in [0, 1]."""
@@ -537,6 +535,13 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
     parts = math.ceil(length / tile) if tile else 1
     for i in range(parts):
         yield length * i // parts, length * (i + 1) // parts
+
+
+def _normed(f: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+    """GroupNorm of some rows, with the numbers of the whole frame."""
+    assert norm is not None
+    scale, shift = norm
+    return (f * scale + shift).to(f.dtype)
 
 
 def _to_tensor(frame: Picture) -> Tensor:

@@ -216,7 +216,7 @@ def test_refusals(tmp_path, monkeypatch):
     line = refusal("tiny", "-o", tmp_path / "none" / "model.onnx", "--size", "35x20")
     assert line.startswith("error: -o must lie in an existing folder")
     line = refusal("none", "-o", output, "--size", "35x20")
-    assert line.startswith("error: weights must be a shipped name (tiny) or an existing file")
+    assert line.startswith("error: weights must be a shipped name (tiny, tiny-real) or an existing")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     line = refusal("tiny", "-o", output, "--size", "35x20")
     assert line.startswith("error: ONNX files need onnx, onnxscript, onnxruntime, there is no onnx")

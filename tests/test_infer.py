@@ -162,7 +162,9 @@ def test_a_video_with_sound_and_rotation(weights, tmp_path):
     lines = result.stderr.splitlines()
     assert lines[0] == f"{source} -> {output}, 64x48"
     assert lines[2] == f"weights {weights}: as -n says"
-    assert lines[1] == (
+    division, size = lines[1].rsplit("; ", 1)
+    assert re.fullmatch(r"about \d\.\d GiB beside the program", size)
+    assert division == (
         "cpu, fp32 (the fastest here), attention by tiled"
         " (not triton: it needs an NVIDIA or AMD GPU, got cpu);"
         f" no tiles (the whole frame fits); {summary['workers']} frame"
