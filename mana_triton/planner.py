@@ -83,7 +83,6 @@ def predict(config: MANAConfig, itemsize: int, height: int, width: int, plan: Pl
     margin = 2 * config.decoder_blocks + 3
     side = plan.tile + 2 * margin if plan.tile else max(height, width)
     tile = min(side, width) * min(side, height)
-    decoder = activations(config, itemsize, 1, tile)
     attention = ATTENTION * t * values * min(plan.band, height) * width
     if plan.rows:
         inner = min(plan.rows + 2 * margin, height)
@@ -97,12 +96,17 @@ def predict(config: MANAConfig, itemsize: int, height: int, width: int, plan: Pl
         return int(ALWAYS + pictures + lr + plan.workers * work)
     kept = (2 * t * d + (reach + 2) * c * itemsize) * pixels
     encoder = ENCODER * c * itemsize * pixels
-    work = d * pixels + max(attention, decoder)
+    work = d * pixels + max(attention, activations(config, itemsize, 1, tile))
     if plan.workers > 1:  # each holds the keys and values of its window
         shared = (plan.workers + 1) * 2 * t * d * pixels
         return ALWAYS + pictures + lr + kept + shared + encoder + plan.workers * work
     mirrored = 2 * (t - 1) * d * pixels  # a copy of keys and values at the ends of a scene
     return ALWAYS + pictures + lr + kept + max(encoder, mirrored + work)
+
+
+def is_local(config: MANAConfig) -> bool:
+    """Whether attention can do without far rows; the gate's denominator and no Gaussian cannot."""
+    return config.gaussian == "bias" and not math.isinf(config.sigma)
 
 
 def activations(config: MANAConfig, itemsize: int, height: int, width: int) -> int:
@@ -154,9 +158,8 @@ def choose(
         while size >= SMALLEST_TILE:
             candidates.append(Plan(few, size, max(BAND // 2, SMALLEST_BAND), why=tight))
             size //= 2
-    anew = config.gaussian == "bias" and not math.isinf(config.sigma)
     rows = 4 * BAND
-    while anew and rows >= SMALLEST_ROWS:
+    while is_local(config) and rows >= SMALLEST_ROWS:
         if rows < height:
             size = start if tile is not None else min(start or rows, rows)
             candidates.append(Plan(few, size, SMALLEST_BAND * 2, rows, why=tight))

@@ -258,8 +258,7 @@ class Upscaler:
         if not planner.out_of_memory(error):
             raise error
         less = self.plan_for(height, width).halved(height, width)
-        local = self.model.config.gaussian == "bias" and math.isfinite(self.model.sigma)
-        if less is None or (less.rows and not local):
+        if less is None or (less.rows and not planner.is_local(self.model.config)):
             raise error
         self.plans[height, width] = less
         if self.device.type == "cuda":
@@ -512,7 +511,8 @@ def upscale(
         frames: an array [T, H, W, 3] uint8 or uint16 (0 .. 65535), a tensor [T, 3, H, W] in
             [0, 1], or any iterable of such frames, which is read as the result is consumed.
         model: shipped weights ("tiny"), a weights file, or a MANA.
-        options: device, precision, tile, backend, scene_cuts, chunk, workers: see `Upscaler`.
+        options: device, precision, tile, backend, scene_cuts, chunk, workers, memory_budget: see
+            `Upscaler`.
 
     Returns:
         An iterator of the enlarged frames, [4H, 4W, 3] in that type or [3, 4H, 4W] in [0, 1].
