@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_thread():
     """PyTorch on one thread: small tensors gain nothing from more."""
     threads = torch.get_num_threads()
