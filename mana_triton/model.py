@@ -72,6 +72,7 @@ class Features(NamedTuple):
     """What a stream keeps of N encoded frames."""
 
     f: Tensor  # [N, C, H, W] encoder features
+    q: Tensor  # [N, H, W, D], as the memory sees them
     k: Tensor  # [N, H, W, D]
     v: Tensor  # [N, H, W, D]
 
@@ -92,6 +93,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # in place: fresh memory costs a CPU more than the arithmetic
         return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _zero_projection(inputs: int, outputs: int) -> nn.Conv2d:
@@ -155,35 +160,74 @@ class MANA(nn.Module):
         if t != self.config.frames:
             raise ValueError(f"frames must be [B, {self.config.frames}, 3, H, W], got T={t}")
         encoded = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
-        f, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
-        f = f[:, t // 2]
-        z = self.fuse(f, self.queries(f), k, v)
-        return self.decode(z) + self.skip(frames[:, self.config.frames // 2])
+        f, q, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
+        z = self.fuse(f[:, t // 2], q[:, t // 2], k, v)
+        return self.decode(z) + self.skip(frames[:, t // 2])
 
     def memory_loss(self, frames: Tensor) -> Tensor:
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
-        q = self.queries(self.encode(center).f)
+        q = self.encode(center).q
         return memory_loss(q, self.memory.to(q.dtype), backend=self.backend)
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
         f = self.extract(frames)
-        return Features(f, *self.keys_values(self.norm(f)))
+        return Features(f, *self.project(f, self.normalization(f)))
 
     def extract(self, frames: Tensor) -> Tensor:
         """Encoder features [N, C, H, W] of single frames [N, 3, H, W] in [0, 1]."""
         return self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
 
-    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, H, W, D] of normalized features [N, C, H, W]."""
-        k = rearrange(self.theta(normed), "n d h w -> n h w d")
-        v = rearrange(self.g(normed), "n d h w -> n h w d")
-        return (F.normalize(k, dim=-1) if self.config.match == "cosine" else k), v
+    def normalization(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """GroupNorm of single frames as numbers that features are multiplied by, and added to.
 
-    def queries(self, f: Tensor) -> Tensor:
-        """Queries of encoder features, as the memory sees them: [N, C, H, W] -> [N, H, W, D]."""
-        return rearrange(self.phi(self.norm(f)), "n d h w -> n h w d")
+        f: [N, C, H, W] -> scale, shift [N, C], in float32 at least.
+        """
+        norm = self.norm
+        pixels = rearrange(f, "n c h w -> n (h w) c").to(_at_least_float32(f.dtype))
+        mean = pixels.mean(1, keepdim=True)
+        # of single channels first: sums over memory as it lies are ten times faster on a CPU
+        square = (pixels - mean).square().mean(1)
+        mean = rearrange(mean, "n 1 (g c) -> n g c", g=norm.num_groups)
+        square = rearrange(square, "n (g c) -> n g c", g=norm.num_groups)
+        center = mean.mean(2, keepdim=True)
+        variance = (square + (mean - center).square()).mean(2, keepdim=True)
+        return self.affine(center[..., 0], variance[..., 0])
+
+    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [N, C] of GroupNorm from the groups' mean and variance [N, groups]."""
+        norm = self.norm
+        each = norm.num_channels // norm.num_groups
+        deviation = (variance + norm.eps).sqrt()
+        mean, deviation = (x.repeat_interleave(each, 1) for x in (mean, deviation))
+        scale = norm.weight / deviation
+        return scale, norm.bias - mean * scale
+
+    def project(
+        self, f: Tensor, normalization: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of features, normalized on the way: the scale is folded into
+        the three projections, which are one matrix product.
+
+        Args:
+            f: [N, C, h, W] rows of features.
+            normalization: scale and shift [N, C] of the whole frames.
+
+        Returns:
+            q, k, v [N, h, W, D]; keys of length one for cosine matching.
+        """
+        scale, shift = normalization
+        layers = (self.phi, self.theta, self.g)
+        weight = torch.cat([layer.weight[:, :, 0, 0] for layer in layers]).to(scale.dtype)
+        bias = torch.cat([layer.bias for layer in layers])  # pyright: ignore[reportArgumentType]
+        bias = torch.addmm(bias.to(scale.dtype), shift, weight.mT)
+        folded = (weight * scale[:, None]).mT
+        pixels = rearrange(f, "n c h w -> n (h w) c")
+        qkv = torch.baddbmm(bias[:, None].to(f.dtype), pixels, folded.to(f.dtype))
+        qkv = rearrange(qkv, "n (h w) (j d) -> j n h w d", h=f.shape[2], j=len(layers))
+        q, k, v = qkv.unbind()
+        return q, F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
 
     def fuse(
         self,

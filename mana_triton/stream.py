@@ -65,7 +65,8 @@ class _Encoded:
     number: int
     scene: int  # number of the scene's first frame
     f: Tensor | None = None  # [1, C, H, W] encoder features while it waits to be enlarged
-    norm: tuple[Tensor, Tensor] | None = None  # GroupNorm's scale and shift [1, C, 1, 1], if known
+    q: Tensor | None = None  # [1, H, W, D] queries while it waits to be enlarged
+    norm: tuple[Tensor, Tensor] | None = None  # `MANA.normalization` [1, C], if known
     longest: float = 0.0  # norm of its longest key, if norm is known
 
 
@@ -77,9 +78,9 @@ class _Window:
     order: list[int]  # which of the S frames stands at each of the T places
     frames: list[_Encoded]  # the S different ones
     f: Tensor | None = None  # [1, C, H, W] features of the center, z from the top on; None: anew
+    q: Tensor | None = None  # [1, H, W, D]
     k: Tensor | None = None  # [1, S, H, W, D]
     v: Tensor | None = None  # [1, S, H, W, D]
-    q: Tensor | None = None  # [1, H, W, D]
     fused: int = 0  # rows of f that are z
 
 
@@ -281,10 +282,10 @@ class Upscaler:
             if features is None:
                 keys.forget()
                 for frame in recent:
-                    frame.f = None
+                    frame.f = frame.q = None
             else:
                 keys.put(encoded.number, features)
-                encoded.f = features.f
+                encoded.f, encoded.q = features.f, features.q.clone()  # not a part of k and v
             recent.append(encoded)
             waiting.append(encoded)
             del features  # the copy in keys is enough
@@ -306,7 +307,8 @@ class Upscaler:
         frames = [next(e for e in recent if e.number == number) for number in different]
         window = _Window(center, [different.index(number) for number in numbers], frames)
         if keys.k.numel():
-            window.f, center.f = center.f, None
+            window.f, window.q = center.f, center.q
+            center.f = center.q = None
             k, v = keys.window(different)
             window.k, window.v = (k.clone(), v.clone()) if shared else (k, v)
         return window
@@ -383,14 +385,12 @@ class Upscaler:
 
     def _fuse(self, window: _Window, band: int) -> Tensor:
         """The decoder's z of a whole frame: takes the place of the center's features by bands."""
-        z, k, v = window.f, window.k, window.v
-        assert z is not None and k is not None and v is not None
-        if window.q is None:
-            window.q = self.model.queries(z)
+        z, q, k, v = window.f, window.q, window.k, window.v
+        assert z is not None and q is not None and k is not None and v is not None
         while window.fused < z.shape[2]:
             rows = slice(window.fused, window.fused + band)
             z[:, :, rows] = self.model.fuse(
-                z[:, :, rows], window.q[:, rows], k, v, first_row=rows.start, order=window.order
+                z[:, :, rows], q[:, rows], k, v, first_row=rows.start, order=window.order
             )
             window.fused = min(rows.stop, z.shape[2])
         return z
@@ -415,13 +415,12 @@ class Upscaler:
         scale = model.config.logit_scale or (model.config.channels // 2) ** -0.5
         longest = torch.tensor([[frame.longest for frame in window.frames]])
         f = self._rows(window.center, top, bottom)
-        q = rearrange(model.phi(_normed(f, window.center.norm)), "n d h w -> n h w d")
+        q, _, _ = self._project(f, window.center)
         reach = self.radius
         while True:
             first, last = max(top - reach, 0), min(bottom + reach, height)
             parts = [
-                model.keys_values(_normed(self._rows(frame, first, last), frame.norm))
-                for frame in window.frames
+                self._project(self._rows(frame, first, last), frame)[1:] for frame in window.frames
             ]
             k, v = (torch.stack(x, 1) for x in zip(*parts, strict=True))
             del parts
@@ -450,27 +449,25 @@ class Upscaler:
         x = self._input(frame.lr[:, :, start : last + self.model.encoder_reach])
         return self.model.extract(x)[:, :, first - start : last - start]
 
+    def _project(self, f: Tensor, frame: _Encoded) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some rows, with the normalization of their whole frame."""
+        assert frame.norm is not None
+        return self.model.project(f, frame.norm)
+
     def _measure(self, frame: _Encoded, rows: int) -> None:
         """Find the normalization of a whole frame, and its longest key, band by band."""
-        norm, height = self.model.norm, frame.lr.shape[2]
-        sums = torch.zeros(2, norm.num_groups, dtype=torch.float64, device=self.device)
+        height, groups = frame.lr.shape[2], self.model.norm.num_groups
+        sums = torch.zeros(2, groups, dtype=torch.float64, device=self.device)
         for first, last in _spans(height, rows):
-            f = rearrange(
-                self._rows(frame, first, last), "1 (g c) h w -> g (c h w)", g=len(sums[0])
-            )
+            f = rearrange(self._rows(frame, first, last), "1 (g c) h w -> g (c h w)", g=groups)
             sums += torch.stack([f.sum(1, dtype=torch.float64), (f.double().square()).sum(1)])
-        number = frame.lr[0, 0].numel() * norm.num_channels / norm.num_groups
-        mean = sums[0] / number
-        deviation = (sums[1] / number - mean.square() + norm.eps).sqrt()
-        each = norm.num_channels // norm.num_groups
-        mean, deviation = (x.repeat_interleave(each) for x in (mean, deviation))
-        scale = norm.weight.double() / deviation
-        shift = norm.bias.double() - mean * scale
-        work = torch.promote_types(DTYPES[self.precision], torch.float32)
-        found = scale[None, :, None, None].to(work), shift[None, :, None, None].to(work)
+        number = frame.lr[0, 0].numel() * self.model.norm.num_channels / groups
+        mean = sums[:1] / number
+        scale, shift = self.model.affine(mean, sums[1:] / number - mean.square())
+        found = scale.float(), shift.float()
         longest = 0.0
         for first, last in _spans(height, rows):
-            k, _ = self.model.keys_values(_normed(self._rows(frame, first, last), found))
+            _, k, _ = self.model.project(self._rows(frame, first, last), found)
             length = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax().item()
             longest = max(longest, length)
         frame.longest = longest
@@ -535,13 +532,6 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
     parts = math.ceil(length / tile) if tile else 1
     for i in range(parts):
         yield length * i // parts, length * (i + 1) // parts
-
-
-def _normed(f: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-    """GroupNorm of some rows, with the numbers of the whole frame."""
-    assert norm is not None
-    scale, shift = norm
-    return (f * scale + shift).to(f.dtype)
 
 
 def _to_tensor(frame: Picture) -> Tensor:

@@ -132,9 +132,9 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
     if math.isfinite(model.sigma.item()):
         statistics["sigma"] = model.sigma.item()
     b = lr.shape[0]
-    f, k, v = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
-    k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in (k, v))
-    q = model.queries(f[config.frames // 2 :: config.frames])
+    _, *projected = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
+    q, k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in projected)
+    q = q[:, config.frames // 2]
     scale = config.logit_scale
     cosine = config.match == "cosine"
     if cosine:

@@ -163,7 +163,7 @@ def test_encoding_once_and_in_bands_equals_forward(config):
     t = frames.shape[1]
     encoded = [model.encode(frames[:, i]) for i in range(t)]
     center = encoded[t // 2]
-    q = model.queries(center.f)
+    q = center.q
     k, v = (torch.stack([getattr(e, x) for e in encoded], 1) for x in "kv")
     z = torch.cat(
         [
@@ -202,7 +202,7 @@ def test_cosine_starts_with_equal_projections():
     assert all(torch.equal(phi[name], theta[name]) for name in ("weight", "bias"))
     assert model.temperature.item() == 12
     features = model.encode(clip(SMALL)[0])
-    assert difference(features.k, F.normalize(model.queries(features.f), dim=-1)) < 1e-12
+    assert difference(features.k, F.normalize(features.q, dim=-1)) < 1e-12
     # they are two parameters all the same
     with torch.no_grad():
         model.theta.weight.add_(1)
@@ -236,7 +236,7 @@ def test_every_parameter_is_learned(config):
 def test_memory_loss():
     """Stage 2: the memory's answer to the center frame's queries, |y - q|_1."""
     model, frames = build(SMALL), clip(SMALL, batch=2)
-    q = model.queries(model.encode(frames[:, 3]).f)
+    q = model.encode(frames[:, 3]).q
     p = torch.softmax(q @ model.memory / math.sqrt(8), dim=-1)
     expected = (p @ model.memory.T - q).abs().mean()
     assert abs(model.memory_loss(frames) - expected) < 1e-12
