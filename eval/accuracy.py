@@ -134,7 +134,7 @@ def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
         **gpu,
         f"fp32, decoder tiles of {TILE}": streamed(tile=TILE),
         "fp32, 2 side by side": streamed(workers=2),
-        "fp32, 3 encoded at once": streamed(chunk=3),
+        "fp32, batches of 3": streamed(batch=3),
         "bf16": streamed(precision="bf16"),
         "fp16": streamed(precision="fp16"),
         f"bf16, tiles of {TILE}, 2 side by side": streamed(precision="bf16", tile=TILE, workers=2),

@@ -22,6 +22,7 @@ import torch
 from .model import SCALE, MANAConfig
 
 TILE_BYTES = 256 << 20  # activations of the decoder that are alive at once, if there is room
+BATCH_BYTES = 1 << 30  # the same of a batch: one frame of this size fills a GPU
 BAND = 64  # rows of the attention's queries at once
 RADIUS = 24  # pixels of neighborhood that the bands of a plan are reckoned with
 SMALLEST_TILE, SMALLEST_BAND, SMALLEST_ROWS = 32, 8, 16
@@ -41,6 +42,7 @@ class Plan:
         tile: side of the decoder's tiles in input pixels, 0 for the whole frame.
         band: rows of queries that attend at once.
         rows: rows that are made at once from frames encoded anew; 0: features are kept.
+        batch: whole frames that go through the network at once, see `batches.py`; 0: none.
         peak: predicted bytes, beyond what the process held before.
         why: what decided.
     """
@@ -49,12 +51,15 @@ class Plan:
     tile: int
     band: int = BAND
     rows: int = 0
+    batch: int = 0
     peak: int = 0
     why: str = ""
 
     def halved(self, height: int, width: int) -> "Plan | None":
         """What to try when the memory ran out: half of the largest part, None after the last."""
         why = "halved, as the memory ran out"
+        if self.batch:
+            return replace(self, batch=self.batch // 2, why=why)
         if self.rows:
             rows = self.rows // 2
             return replace(self, rows=rows, why=why) if rows >= SMALLEST_ROWS else None
@@ -73,13 +78,20 @@ def predict(config: MANAConfig, itemsize: int, height: int, width: int, plan: Pl
         config: of the network.
         itemsize: bytes of a number, 4 for float32.
         height, width: of the input.
-        plan: its workers, tile, band and rows count.
+        plan: its workers, tile, band, rows and batch count.
     """
     c, t, reach = config.channels, config.frames, config.frames // 2
     d = c // 2 * itemsize
     pixels, values = height * width, d + (2 * itemsize if config.offsets else 0)
     pictures = (plan.workers + PICTURES) * 3 * SCALE**2 * pixels
     lr = (t + 1) * 15 * pixels
+    if plan.batch:
+        n = plan.batch
+        kept = (n + t - 1) * (c * itemsize + 3 * d + 12) * pixels + 2 * n * t * d * pixels
+        enlarging = c * itemsize * pixels + ATTENTION * t * values * pixels
+        enlarging += activations(config, itemsize, 1, pixels)
+        large = 3 * SCALE**2 * pixels * (4 + 4 + 2)  # in float32, clamped, and as integers
+        return int(ALWAYS + kept + n * (max(ENCODER * c * itemsize * pixels, enlarging) + large))
     margin = 2 * config.decoder_blocks + 3
     side = plan.tile + 2 * margin if plan.tile else max(height, width)
     tile = min(side, width) * min(side, height)
@@ -125,6 +137,7 @@ def choose(
     workers: int | None,
     tile: int | None,
     threads: int,
+    batch: int,
 ) -> Plan:
     """The fastest plan for frames of one size whose predicted peak is at most `room` bytes.
 
@@ -134,6 +147,7 @@ def choose(
         asked: whether somebody set this bound; if not, the smallest plan is tried all the same.
         workers, tile: as asked for, None to choose.
         threads: workers at most.
+        batch: frames of a batch at most; 0 for none.
 
     Raises:
         ValueError: nothing fits; names the bytes that would.
@@ -148,7 +162,8 @@ def choose(
     else:
         start, why = tile, "as asked"
     most = workers or max(min(TILE_BYTES // whole, threads), 1)
-    candidates = [Plan(most, start, why=why)]
+    candidates = [Plan(1, 0, batch=n, why="whole frames fit") for n in range(batch, 0, -1)]
+    candidates.append(Plan(most, start, why=why))
     if workers is None and most > 1:
         candidates.append(Plan(1, start, why=why))
     few = workers or 1

@@ -11,7 +11,9 @@ the whole frame's normalization. Neither changes anything but rounding and what 
 tolerance leaves. When memory runs out all the same, half of the largest part is tried.
 
 On a CPU small frames are enlarged side by side, each by its share of the threads: the operations
-of one small frame are too short for several cores.
+of one small frame are too short for several cores. A GPU takes whole frames in batches, see
+`batches.py`; when its memory runs out the stream goes back to the frames whose results are still
+to come, with smaller batches and at last with one frame after the other.
 """
 
 import contextlib
@@ -21,12 +23,12 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from . import planner
 from .attention import choose_backend
+from .batches import WHITE, Batches, Results
 from .checkpoint import load
 from .kernels.tiled import certified_radius
 from .model import MANA, SCALE, Features
@@ -44,7 +47,6 @@ from .planner import Plan
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 0.03  # of the attention's certificate: on real clips below 0.001 of a step of 8 bits
 
-_WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 Picture = np.ndarray | Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +56,15 @@ T = TypeVar("T")
 def _plain(function: Callable[P, R]) -> Callable[P, R]:
     """Without gradients, and out of the inference mode that a caller may be in."""
     return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+class _Given(NamedTuple):
+    """One frame as it came."""
+
+    number: int
+    frame: Picture
+    pixels: Tensor  # [H, W, 3], a copy
+    cut: bool  # whether it begins a scene
 
 
 @dataclass
@@ -125,7 +136,9 @@ class Upscaler:
             to bound the memory.
         backend: of the attentions, see `cross_frame_attention`.
         scene_cuts: keep the window inside a scene.
-        chunk: frames that the encoder takes at once.
+        batch: whole frames that go through the network at once; 0: frame after frame, or
+            `workers`; "auto": on a GPU up to seven, as memory allows, 0 on a CPU, which gains
+            nothing. Several read as many frames further ahead.
         workers: frames that are enlarged side by side; "auto" takes as many as the memory of
             one large frame holds, up to the threads of PyTorch on a CPU, and one on a GPU. Several
             read as many frames further ahead.
@@ -148,7 +161,7 @@ class Upscaler:
         tile: int | str = "auto",
         backend: str = "auto",
         scene_cuts: bool = True,
-        chunk: int = 1,
+        batch: int | str = "auto",
         workers: int | str = "auto",
         memory_budget: int | None = None,
     ):
@@ -163,20 +176,25 @@ class Upscaler:
         self.precision, why = _choose_precision(precision, self.device)
         if tile != "auto" and not (isinstance(tile, int) and tile >= 0):
             raise ValueError(f"tile must be 'auto' or a number of pixels >= 0, got {tile!r}")
-        if not (isinstance(chunk, int) and chunk >= 1):
-            raise ValueError(f"chunk must be a number of frames >= 1, got {chunk!r}")
+        if batch != "auto" and not (isinstance(batch, int) and batch >= 0):
+            raise ValueError(f"batch must be 'auto' or a number of frames >= 0, got {batch!r}")
         if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
             raise ValueError(f"workers must be 'auto' or a number >= 1, got {workers!r}")
         if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
             raise ValueError(
                 f"memory_budget must be None or a number of bytes > 0, got {memory_budget!r}"
             )
+        if batch not in ("auto", 0) and (tile not in ("auto", 0) or workers not in ("auto", 1)):
+            raise ValueError(
+                f"a batch is of whole frames and has one worker, got {batch=}, {tile=} and "
+                f"{workers=}; leave out tile and workers, or take batch 0"
+            )
         self.memory_budget = memory_budget
         self.plans: dict[tuple[int, int], Plan] = {}  # by height and width
         self.radius = planner.RADIUS  # of bands' neighborhoods: what the last one needed
         self.backend, reason = choose_backend(backend, self.device)
         self.tile, self.scene_cuts = tile, scene_cuts
-        self.chunk, self.workers = chunk, workers
+        self.batch, self.workers = batch, workers
         self.model = copy.deepcopy(model) if isinstance(model, MANA) else load(model)
         self.model.eval().to(self.device, DTYPES[self.precision])
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -212,13 +230,122 @@ class Upscaler:
         frames = iter(frames)
         if (head := next(frames, None)) is None:
             return
-        workers = self.plan_for(*_to_tensor(head).shape[1:]).workers
-        numbered = enumerate(chain([head], frames), first)
-        windows = self._windows(numbered, is_cut or self._cuts(), shared=workers > 1)
+        given = self._given(chain([head], frames), first, is_cut or self._cuts())
+        if self.plan_for(*_pixels(head).shape[:2]).batch:
+            yield from self._in_batches(given, first)
+        else:
+            yield from self._one_by_one(given)
+
+    def _given(
+        self, frames: Iterable[Picture], first: int, is_cut: Callable[[Picture], bool]
+    ) -> Iterator[_Given]:
+        like = None
+        for number, frame in enumerate(frames, first):
+            pixels = _pixels(frame)
+            like = pixels if like is None else like
+            if pixels.shape != like.shape:
+                raise ValueError(
+                    f"all frames must have one size, {like.shape[1]}x{like.shape[0]} as the first, "
+                    f"got {pixels.shape[1]}x{pixels.shape[0]} at frame {number}"
+                )
+            if pixels.dtype != like.dtype:
+                raise ValueError(
+                    f"all frames must have one type, {like.dtype} as the first, "
+                    f"got {pixels.dtype} at frame {number}"
+                )
+            yield _Given(number, frame, pixels, is_cut(frame))
+
+    def _one_by_one(self, given: Iterator[_Given]) -> Iterator[Picture]:
+        """Enlarge frame by frame, or by several workers."""
+        if (head := next(given, None)) is None:
+            return
+        workers = self.plan_for(*head.pixels.shape[:2]).workers
+        windows = self._windows(chain([head], given), shared=workers > 1)
         if workers > 1:
             yield from side_by_side(self._enlarge, windows, workers)
         else:
             yield from map(self._enlarge, windows)
+
+    def _in_batches(self, given: Iterator[_Given], first: int) -> Iterator[Picture]:
+        """Enlarge batch by batch; when memory runs out, again from the first result to come."""
+        recent: deque[_Given] = deque()  # what its window needs, and what was read since
+        failed = False  # to read
+
+        def remembered() -> Iterator[_Given]:
+            nonlocal failed
+            failed = True
+            for item in given:
+                failed = False
+                recent.append(item)
+                yield item
+                failed = True
+            failed = False
+
+        number = begin = first
+        while True:
+            source = chain(list(recent), remembered())
+            begin = recent[0].number if recent else begin
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            results = self._batches(source)
+            try:
+                for result in islice(results, number - begin, None):
+                    while recent[0].number < number + 1 - self.reach:
+                        recent.popleft()
+                    number += 1
+                    yield result
+                return
+            except (MemoryError, RuntimeError) as error:
+                if failed:
+                    raise
+                self._halve(recent[0].pixels.shape[:2], error)
+
+    def _batches(self, given: Iterator[_Given]) -> Iterator[Picture]:
+        """Enlarge by what is planned now."""
+        if (head := next(given, None)) is None:
+            return
+        given = chain([head], given)
+        height, width = head.pixels.shape[:2]
+        batch = self.plan_for(height, width).batch
+        if not batch:
+            yield from self._one_by_one(given)
+            return
+        batches = Batches(self.model, height, width, head.pixels.dtype, batch)
+        encode, enlarge = _plain(batches.encode), _plain(batches.enlarge)
+        waiting: deque[tuple[_Given, int]] = deque()
+        pending: deque[tuple[list[_Given], Results]] = deque()
+        scene = head.number
+        while chunk := list(islice(given, batch)):
+            encode([item.pixels for item in chunk], [item.number for item in chunk])
+            for item in chunk:
+                scene = item.number if item.cut else scene
+                waiting.append((item, scene))
+            if len(waiting) > self.reach:
+                ready = len(waiting) - self.reach
+                pending.append(self._launched(enlarge, waiting, ready))
+            if len(pending) > 1:  # while the GPU works on the next
+                yield from _pictures(*pending.popleft())
+        while waiting:
+            pending.append(self._launched(enlarge, waiting, min(len(waiting), batch)))
+        while pending:
+            yield from _pictures(*pending.popleft())
+
+    def _launched(
+        self,
+        enlarge: Callable[[list[list[int]]], Results],
+        waiting: deque[tuple[_Given, int]],
+        count: int,
+    ) -> tuple[list[_Given], Results]:
+        """The first `count` of the frames that wait, which leave them, and their results."""
+        last = {scene: item.number for item, scene in waiting}
+        ready = [waiting.popleft() for _ in range(count)]
+        windows = [self._numbers(item.number, scene, last[scene]) for item, scene in ready]
+        return [item for item, _ in ready], enlarge(windows)
+
+    def _numbers(self, center: int, first: int, last: int) -> list[int]:
+        """Of the frames at the places of a window, in a scene from first to last."""
+        around = range(center - self.reach, center + self.reach + 1)
+        return [mirror(i, first, last) for i in around]
 
     @property
     def reach(self) -> int:
@@ -247,15 +374,26 @@ class Upscaler:
                 workers=1 if single else None if self.workers == "auto" else int(self.workers),
                 tile=None if self.tile == "auto" else int(self.tile),
                 threads=torch.get_num_threads(),
+                batch=self._most_at_once(height, width),
             )
         return self.plans[height, width]
 
-    def _halve(self, frame: Tensor, error: BaseException) -> None:
+    def _most_at_once(self, height: int, width: int) -> int:
+        """Frames of a batch, at most; 0 for none."""
+        if self.batch != "auto":
+            return int(self.batch)
+        if self.device.type != "cuda" or self.tile not in ("auto", 0) or self.workers != "auto":
+            return 0
+        config, itemsize = self.model.config, DTYPES[self.precision].itemsize
+        fill = planner.BATCH_BYTES // planner.activations(config, itemsize, height, width)
+        return max(min(fill, config.frames), 1)
+
+    def _halve(self, size: Sequence[int], error: BaseException) -> None:
         """Plan for less memory from here on; raises the error if it is another or nothing is left.
 
-        frame: [1, 3, H, W], for its size.
+        size: height and width of the frames.
         """
-        height, width = frame.shape[2:]
+        height, width = size
         if not planner.out_of_memory(error):
             raise error
         less = self.plan_for(height, width).halved(height, width)
@@ -268,17 +406,12 @@ class Upscaler:
     def _cuts(self) -> Callable[[Picture], bool]:
         return CutDetector().is_cut if self.scene_cuts else lambda _: False
 
-    def _windows(
-        self,
-        frames: Iterator[tuple[int, Picture]],
-        is_cut: Callable[[Picture], bool],
-        shared: bool,
-    ) -> Iterator[_Window]:
+    def _windows(self, given: Iterator[_Given], shared: bool) -> Iterator[_Window]:
         """One window for each frame; `shared` ones outlive the next."""
         keys = _Keys(self.model.config.frames)
         recent: deque[_Encoded] = deque(maxlen=self.model.config.frames)
         waiting: deque[_Encoded] = deque()
-        for encoded, features in self._encode(frames, is_cut):
+        for encoded, features in self._encode(given):
             if features is None:
                 keys.forget()
                 for frame in recent:
@@ -301,8 +434,7 @@ class Upscaler:
         """The window of the first of the frames that wait, which leaves them."""
         end = max(e.number for e in waiting if e.scene == waiting[0].scene)
         center = waiting.popleft()
-        around = range(center.number - self.reach, center.number + self.reach + 1)
-        numbers = [mirror(i, center.scene, end) for i in around]
+        numbers = self._numbers(center.number, center.scene, end)
         different = sorted(set(numbers), key=lambda number: number % self.model.config.frames)
         frames = [next(e for e in recent if e.number == number) for number in different]
         window = _Window(center, [different.index(number) for number in numbers], frames)
@@ -313,49 +445,21 @@ class Upscaler:
             window.k, window.v = (k.clone(), v.clone()) if shared else (k, v)
         return window
 
-    def _encode(
-        self, frames: Iterator[tuple[int, Picture]], is_cut: Callable[[Picture], bool]
-    ) -> Iterator[tuple[_Encoded, Features | None]]:
-        size = scene = None
-        while chunk := list(islice(frames, self.chunk)):
-            lr = [_to_tensor(frame) for _, frame in chunk]
-            for (i, _), x in zip(chunk, lr, strict=True):
-                size = size or x.shape
-                if x.shape != size:
-                    raise ValueError(
-                        f"all frames must have one size, {size[2]}x{size[1]} as the first, "
-                        f"got {x.shape[2]}x{x.shape[1]} at frame {i}"
-                    )
-            stacked = torch.stack(lr).to(self.device)
-            features = deque(self._features(stacked))
-            for (number, frame), x in zip(chunk, stacked, strict=True):
-                if is_cut(frame) or scene is None:
-                    scene = number
-                # none stays here: it is large
-                yield _Encoded(frame, x[None], number, scene), features.popleft()
+    def _encode(self, given: Iterator[_Given]) -> Iterator[tuple[_Encoded, Features | None]]:
+        scene = None
+        for number, frame, pixels, cut in given:
+            scene = number if cut or scene is None else scene
+            lr = _in_unit(pixels).to(self.device)[None]
+            yield _Encoded(frame, lr, number, scene), self._features(lr)
 
     @_plain
-    def _features(self, lr: Tensor) -> list[Features | None]:
-        """Features of each of lr [N, 3, H, W]; None if frames are to be encoded by bands."""
-        x = self._input(lr)
-        if self.device.type == "cpu" or len(x) == 1:
-            # batches gain nothing on a CPU, and may round differently
-            return [self._features_of(frame) for frame in x]
-        try:
-            features = self.model.encode(x)
-        except (MemoryError, RuntimeError) as error:
-            if not planner.out_of_memory(error):
-                raise
-            return [self._features_of(frame) for frame in x]
-        return [Features(*(x[i : i + 1] for x in features)) for i in range(lr.shape[0])]
-
-    def _features_of(self, frame: Tensor) -> Features | None:
-        """Features of one frame [3, H, W]."""
-        while not self.plan_for(*frame.shape[1:]).rows:
+    def _features(self, lr: Tensor) -> Features | None:
+        """Features of a frame [1, 3, H, W]; None if frames are to be encoded by bands."""
+        while not self.plan_for(*lr.shape[2:]).rows:
             try:
-                return self.model.encode(frame[None])
+                return self.model.encode(self._input(lr))
             except (MemoryError, RuntimeError) as error:
-                self._halve(frame[None], error)
+                self._halve(lr.shape[2:], error)
         return None
 
     def _input(self, lr: Tensor) -> Tensor:
@@ -378,7 +482,7 @@ class Upscaler:
                     self._decode(out, z, lr, slice(0, lr.shape[2]), plan.tile)
                 break
             except (MemoryError, RuntimeError) as error:
-                self._halve(lr, error)
+                self._halve(lr.shape[2:], error)
         if not isinstance(window.center.frame, Tensor):
             return out.numpy()
         return rearrange(out, "h w c -> c h w").to(window.center.frame).contiguous()
@@ -478,12 +582,12 @@ class Upscaler:
         height, width = center.lr.shape[2:]
         like = center.frame
         white = None if isinstance(like, Tensor) else np.iinfo(like.dtype).max
-        kind = next(kind for kind, value in _WHITE.items() if value == (white or 1))
+        kind = next(kind for kind, value in WHITE.items() if value == (white or 1))
         return torch.empty(SCALE * height, SCALE * width, 3, dtype=kind)
 
     def _decode(self, out: Tensor, z: Tensor, lr: Tensor, wanted: slice, tile: int) -> None:
         """Decode some rows of z [1, C, h, W] and lr [1, 3, h, W], tile by tile, into out."""
-        width, white = z.shape[3], _WHITE[out.dtype]
+        width, white = z.shape[3], WHITE[out.dtype]
         halo = self.model.receptive_field
         for first, last in _spans(wanted.stop - wanted.start, tile):
             y0, y1 = wanted.start + first, wanted.start + last
@@ -508,7 +612,7 @@ def upscale(
         frames: an array [T, H, W, 3] uint8 or uint16 (0 .. 65535), a tensor [T, 3, H, W] in
             [0, 1], or any iterable of such frames, which is read as the result is consumed.
         model: shipped weights ("tiny"), a weights file, or a MANA.
-        options: device, precision, tile, backend, scene_cuts, chunk, workers, memory_budget: see
+        options: device, precision, tile, backend, scene_cuts, batch, workers, memory_budget: see
             `Upscaler`.
 
     Returns:
@@ -534,8 +638,8 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
         yield length * i // parts, length * (i + 1) // parts
 
 
-def _to_tensor(frame: Picture) -> Tensor:
-    """[3, H, W] float32 in [0, 1]."""
+def _pixels(frame: Picture) -> Tensor:
+    """A copy [H, W, 3] uint8, uint16 or float32 in [0, 1]."""
     if isinstance(frame, Tensor):
         fits = frame.ndim == 3 and frame.shape[0] == 3 and frame.numel()
         if not (fits and frame.is_floating_point()):
@@ -543,14 +647,27 @@ def _to_tensor(frame: Picture) -> Tensor:
                 "a tensor frame must be [3, H, W] in [0, 1], "
                 f"got {list(frame.shape)} of {frame.dtype}"
             )
-        return frame.float()
+        return rearrange(frame.detach().to(torch.float32, copy=True), "c h w -> h w c")
     if not (isinstance(frame, np.ndarray) and frame.dtype in (np.uint8, np.uint16)):
         kind = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ValueError(f"a frame must be a uint8 or uint16 array or a float tensor, got {kind}")
     if not (frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
         raise ValueError(f"an array frame must be [H, W, 3], got {list(frame.shape)}")
-    top = np.iinfo(frame.dtype).max
-    return rearrange(torch.from_numpy(frame.copy()), "h w c -> c h w").float().div_(top)
+    return torch.from_numpy(frame.copy())
+
+
+def _in_unit(pixels: Tensor) -> Tensor:
+    """[H, W, 3] -> [3, H, W] float32 in [0, 1]."""
+    return rearrange(pixels, "h w c -> c h w").float().div(WHITE[pixels.dtype])
+
+
+def _pictures(frames: list[_Given], results: Results) -> Iterator[Picture]:
+    """Results in the type of the frames they are of."""
+    for (_, frame, *_), large in zip(frames, results.wait(), strict=True):
+        if isinstance(frame, Tensor):
+            yield rearrange(large, "h w c -> c h w").to(frame).contiguous()
+        else:
+            yield large.numpy()
 
 
 def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:

@@ -30,7 +30,7 @@ PRESETS = ("tiny", "small", "paper")
 
 
 def plan_of(preset: str, height: int, width: int, room: float, **options) -> Plan:
-    given = {"asked": True, "workers": None, "tile": None, "threads": 4} | options
+    given = {"asked": True, "workers": None, "tile": None, "threads": 4, "batch": 0} | options
     config = MANAConfig.preset(preset)
     return choose(config, 4, height, width, room=int(room), **given)
 
@@ -54,9 +54,10 @@ def divided(frames: Tensor, plan: Plan, config: MANAConfig = CONFIG) -> Tensor:
     room=st.floats(0.01, 64),
     workers=st.sampled_from([None, 1, 3]),
     tile=st.sampled_from([None, 0, 64]),
+    batch=st.sampled_from([0, 1, 7]),
 )
-def test_a_plan_fits_or_is_refused(preset, height, width, room, workers, tile):
-    options = {"workers": workers, "tile": tile}
+def test_a_plan_fits_or_is_refused(preset, height, width, room, workers, tile, batch):
+    options = {"workers": workers, "tile": tile, "batch": batch}
     try:
         plan = plan_of(preset, height, width, room * GIB, **options)
     except ValueError as error:
@@ -66,8 +67,9 @@ def test_a_plan_fits_or_is_refused(preset, height, width, room, workers, tile):
         return
     config = MANAConfig.preset(preset)
     assert plan.peak == predict(config, 4, height, width, plan) <= room * GIB
-    assert workers is None or plan.workers == workers
-    assert tile is None or plan.tile == tile
+    assert plan.batch <= batch
+    assert workers is None or plan.batch or plan.workers == workers
+    assert tile is None or plan.batch or plan.tile == tile
 
 
 def test_more_room_is_used_for_speed():
@@ -77,6 +79,8 @@ def test_more_room_is_used_for_speed():
     assert plans[2].rows
     assert plan_of("tiny", 64, 112, GIB).workers == 4
     assert plan_of("tiny", 64, 112, 0.05 * GIB).workers == 1
+    batches = [plan_of("tiny", 64, 112, room * GIB, batch=7).batch for room in (1, 0.2, 0.05)]
+    assert batches[0] == 7 > batches[1] > batches[2] == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -90,7 +94,8 @@ def test_plain_attention_and_the_gate_need_whole_frames():
     config = replace(MANAConfig.preset("tiny"), gaussian="gate")
     for other in (config, replace(config, gaussian="bias", sigma=math.inf)):
         with pytest.raises(ValueError, match=r"1920x1080 frames need .* GiB beside"):
-            choose(other, 4, 1080, 1920, room=GIB, asked=True, workers=1, tile=None, threads=1)
+            choose(other, 4, 1080, 1920, room=GIB, asked=True, workers=1, tile=None, threads=1,
+                   batch=0)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -200,15 +205,16 @@ def failing(function: Callable, chance: float, seed: int, error: Exception) -> C
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("workers", [1, 2])
-def test_no_frame_is_lost_when_memory_runs_out(seed, workers):
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"batch": 3}], ids=str)
+def test_no_frame_is_lost_when_memory_runs_out(seed, options):
     frames = noise(9, 70, 40)
     model = random_model()
     whole = run(model, frames, scene_cuts=False, workers=1)
-    upscaler = Upscaler(model, scene_cuts=False, workers=workers)
-    stage = ("encode", "fuse", "decode", "queries", "extract", "fuse")[seed]
+    upscaler = Upscaler(model, scene_cuts=False, **options)
+    stage = ("encode", "fuse", "decode", "project", "extract", "fuse")[seed]
     function, calls = getattr(upscaler.model, stage), itertools.count()
-    moments = set(random.Random(seed).sample(range(6), 1 + seed % 2))
+    # a batch calls a stage three times in all
+    moments = set(random.Random(seed).sample(range(3 if "batch" in options else 6), 1 + seed % 2))
 
     def sometimes(*args, **kwargs):
         if (call := next(calls)) in moments:
@@ -223,7 +229,54 @@ def test_no_frame_is_lost_when_memory_runs_out(seed, workers):
     assert (results - whole).abs().max() <= LEFT
 
 
+@pytest.mark.parametrize("moments", [{0}, {3}, {0, 1}, {2, 3, 4}], ids=str)
+def test_batches_start_again_from_the_next_result(moments):
+    """Down to no batch at all, with scene cuts where they were."""
+    frames, cuts = noise(20, 9, 10), {0, 6, 13}
+    model, read = random_model(), []
+
+    def source():
+        for number, frame in enumerate(frames):
+            read.append(number)
+            yield frame
+
+    def enlarged(upscaler: Upscaler) -> Tensor:
+        numbers = itertools.count()
+        results = upscaler.stream(source(), is_cut=lambda _: next(numbers) in cuts)
+        return torch.stack([torch.as_tensor(x) for x in results])
+
+    whole = enlarged(Upscaler(model, workers=1))
+    read.clear()
+    upscaler = Upscaler(model, batch=4)
+    decode, calls = upscaler.model.decode, itertools.count()
+
+    def sometimes(z: Tensor) -> Tensor:
+        if next(calls) in moments:
+            raise MemoryError
+        return decode(z)
+
+    upscaler.model.decode = sometimes
+    results = enlarged(upscaler)
+    assert upscaler.plan_for(9, 10).batch == 4 >> len(moments)
+    assert read == list(range(20)), "every frame is read once"
+    assert (results - whole).abs().max() <= ROUNDING
+
+
+def test_memory_that_runs_out_in_the_source_is_its_own_affair():
+    def source():
+        yield from noise(5, 9, 10)
+        raise MemoryError("no room to read")
+
+    upscaler = Upscaler(random_model(), batch=2)
+    with pytest.raises(MemoryError, match="no room to read"):
+        list(upscaler.stream(source()))
+    assert upscaler.plan_for(9, 10).batch == 2
+
+
 def test_parts_are_halved_down_to_bands_and_no_further():
+    assert Plan(1, 0, batch=5).halved(9, 10) == Plan(
+        1, 0, batch=2, why="halved, as the memory ran out"
+    )
     plan, sizes = Plan(1, 0), []
     while plan := plan.halved(1080, 1920):
         sizes.append((plan.tile, plan.band, plan.rows))

@@ -148,17 +148,34 @@ def test_stream_equals_the_whole_clip_bit_for_bit(length, height, width, workers
     assert length == 1 or (exact - frozen)[0].abs().max() > 0.01, "neighbors must matter here"
     if frames.numel() > 1000:
         assert exact.min() < 0 and exact.max() > 1, "values must need their limits here"
-    for chunk in range(1, length + 2):
-        result = run(model, frames, chunk=chunk, workers=workers, scene_cuts=False)
-        assert torch.equal(result, exact.clamp(0, 1)), f"{chunk=}"
-    batched = whole_clip(model, frames, one_by_one=False)
+    result = run(model, frames, workers=workers, scene_cuts=False)
+    assert torch.equal(result, exact.clamp(0, 1))
+    together = whole_clip(model, frames, one_by_one=False)
+    assert (together - exact).abs().max() <= ROUNDING
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("cut", [None, 2, 5])
+def test_batches_do_not_change_results(batch, cut, model):
+    frames = noise(9, 12, 16)
+
+    def enlarged(batch: int) -> Tensor:
+        cuts = (number == cut for number in itertools.count())
+        results = Upscaler(model, batch=batch).stream(frames, is_cut=lambda _: next(cuts))
+        return torch.stack([torch.as_tensor(x) for x in results])
+
+    exact, batched = enlarged(0), enlarged(batch)
     assert (batched - exact).abs().max() <= ROUNDING
 
 
-def test_chunks_do_not_change_arrays(model):
-    frames = pan(1, 8, 12, 16)
-    results = [run(model, frames, chunk=chunk) for chunk in (1, 2, 3, 5, 8, 100)]
-    assert all(torch.equal(results[0], result) for result in results)
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_batches_of_arrays(kind, model):
+    top = np.iinfo(kind).max
+    frames = (pan(1, 8, 12, 16) / 255 * top).astype(kind)
+    exact, batched = (np.stack(list(upscale(frames, model, batch=n))) for n in (0, 3))
+    assert batched.dtype == kind
+    # rounding may tip a number to the next integer
+    assert np.abs(batched.astype(int) - exact).max() <= max(1, ROUNDING * top)
 
 
 def test_backends_agree(model):
@@ -222,19 +239,18 @@ def test_automatic_tiles_bound_the_activations(model, monkeypatch):
     length=st.integers(1, 10),
     height=st.integers(1, 20),
     width=st.integers(1, 20),
-    chunk=st.integers(1, 11),
-    tile=st.sampled_from([0, 3, 8, "auto"]),
+    division=st.fixed_dictionaries({"tile": st.sampled_from([0, 3, 8, "auto"])})
+    | st.fixed_dictionaries({"batch": st.integers(1, 11)}),
     scene_cuts=st.booleans(),
     arrays=st.booleans(),
 )
 def test_any_clip_gives_as_many_frames_in_order(
-    bilinear, length, height, width, chunk, tile, scene_cuts, arrays
+    bilinear, length, height, width, division, scene_cuts, arrays
 ):
     frames = (255 * noise(length, height, width)).round() / 255
     exact = nn.functional.interpolate(frames, scale_factor=4, mode="bilinear", align_corners=False)
     given_frames = (255 * frames.movedim(1, -1)).round().byte().numpy() if arrays else frames
-    options = {"chunk": chunk, "tile": tile, "scene_cuts": scene_cuts}
-    results = list(upscale(given_frames, bilinear, **options))
+    results = list(upscale(given_frames, bilinear, scene_cuts=scene_cuts, **division))
     assert len(results) == length
     for result, expected in zip(results, exact, strict=True):
         if arrays:
@@ -307,10 +323,13 @@ def test_models_come_from_files_too(model, tmp_path):
 # laziness and memory
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_frames_are_read_as_late_as_possible(chunk, workers, model):
-    read, ahead = 0, workers if workers > 1 else 0
+@pytest.mark.parametrize(
+    ("options", "ahead"),
+    # a batch is read while the results of the one before are fetched
+    [({}, 2), ({"workers": 1}, 0), ({"workers": 3}, 3), ({"batch": 4}, 7)],
+)
+def test_frames_are_read_as_late_as_possible(options, ahead, model):
+    read = 0
 
     def source() -> Iterator[Tensor]:
         nonlocal read
@@ -318,12 +337,12 @@ def test_frames_are_read_as_late_as_possible(chunk, workers, model):
             read += 1
             yield frame
 
-    results = upscale(source(), model, chunk=chunk, workers=workers)
+    results = upscale(source(), model, **options)
     assert read == 0
     for center in range(30):
         next(results)
         needed = min(center + REACH + 1, 30)
-        assert needed <= read <= min(needed + ahead + chunk - 1, 30)
+        assert needed <= read <= min(needed + ahead, 30)
 
 
 def test_endless_streams_work(model):
@@ -331,8 +350,8 @@ def test_endless_streams_work(model):
     assert len(list(itertools.islice(upscale(itertools.repeat(frame), model), 20))) == 20
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_each_frame_is_encoded_once_and_forgotten(chunk, monkeypatch):
+@pytest.mark.parametrize("batch", [0, 5])
+def test_each_frame_is_encoded_once_and_forgotten(batch, monkeypatch):
     model, features, encoded = random_model(), [], 0
 
     def encode(frames: Tensor) -> Features:
@@ -343,9 +362,9 @@ def test_each_frame_is_encoded_once_and_forgotten(chunk, monkeypatch):
         return result
 
     monkeypatch.setattr(model, "encode", encode)
-    for _ in upscale(noise(25, 4, 5), model, chunk=chunk):
+    for _ in upscale(noise(25, 4, 5), model, batch=batch):
         alive = sum(reference() is not None for reference in features)
-        assert alive <= (CONFIG.frames + chunk) * len(Features._fields)
+        assert alive <= (CONFIG.frames + 1) * len(Features._fields)
     assert encoded == 25
     assert all(reference() is None for reference in features)
 
@@ -449,8 +468,8 @@ def test_nothing_comes_from_the_other_side_of_a_cut(model):
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), chunk=st.integers(1, 8))
-def test_every_scene_is_enlarged_as_if_alone(model, lengths, chunk):
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_every_scene_is_enlarged_as_if_alone(model, lengths):
     frames = noise(sum(lengths), 5, 6)
     joints = set(np.cumsum(lengths).tolist())
 
@@ -466,7 +485,7 @@ def test_every_scene_is_enlarged_as_if_alone(model, lengths, chunk):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CutDetector", Told)
-        together = run(model, frames, chunk=chunk)
+        together = run(model, frames)
     scenes = torch.split(frames, lengths)
     alone = torch.cat([run(model, scene, scene_cuts=False) for scene in scenes])
     assert torch.equal(together, alone)
@@ -481,8 +500,10 @@ def test_every_scene_is_enlarged_as_if_alone(model, lengths, chunk):
         ({"tile": -1}, "tile must be 'auto' or a number of pixels >= 0, got -1"),
         ({"tile": 2.5}, "tile must be 'auto' or a number of pixels >= 0, got 2.5"),
         ({"tile": "8"}, "tile must be 'auto' or a number of pixels >= 0, got '8'"),
-        ({"chunk": 0}, "chunk must be a number of frames >= 1, got 0"),
-        ({"chunk": 1.5}, "chunk must be a number of frames >= 1, got 1.5"),
+        ({"batch": -1}, "batch must be 'auto' or a number of frames >= 0, got -1"),
+        ({"batch": 1.5}, "batch must be 'auto' or a number of frames >= 0, got 1.5"),
+        ({"batch": 2, "tile": 8}, "a batch is of whole frames and has one worker, got batch=2"),
+        ({"batch": 2, "workers": 2}, "leave out tile and workers, or take batch 0"),
         ({"precision": "fp8"}, "precision must be auto, fp32, bf16, fp16, got 'fp8'"),
         ({"device": "toaster"}, "device must be auto, cpu or cuda, got 'toaster'"),
         ({"backend": "cudnn"}, "backend must be one of auto, triton, tiled, reference"),
@@ -526,11 +547,11 @@ def test_wrong_frames_are_named(frame, message, model):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 9])
-def test_mixed_sizes_are_named(chunk, model):
-    """The number of the frame, not of the chunk it is in."""
+@pytest.mark.parametrize("batch", [0, 2, 9])
+def test_mixed_sizes_are_named(batch, model):
+    """The number of the frame, not of the batch it is in."""
     frames = [*noise(5, 4, 6), *noise(1, 6, 4), *noise(2, 4, 6)]
-    results = upscale(frames, model, chunk=chunk)
+    results = upscale(frames, model, batch=batch)
     message = "one size, 6x4 as the first, got 4x6 at frame 5$"
     with pytest.raises(ValueError, match=message):
         list(results)

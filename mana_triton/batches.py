@@ -1,0 +1,166 @@
+"""Batches of frames through the network: what a GPU is given at once.
+
+A small frame fills a fraction of a large GPU, and launching its some 400 kernels one by one takes
+longer than running them. So several frames are encoded together and several windows enlarged
+together, each as one CUDA graph: a fixed sequence of kernels on fixed memory, launched as one.
+
+Features of the last frames lie in rings: frame n in place n modulo their number. What changes from
+batch to batch, the pictures, their places and those of the windows, is written into tensors that
+the graphs read. A batch that is not full repeats its last frame, so that one graph serves all.
+Pictures come and go as integers through pinned memory; a result is copied out by a stream of its
+own, while the next frames are encoded.
+
+On a CPU the same functions run as they are.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .model import MANA, SCALE
+
+WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
+
+
+class Graph:
+    """A function without arguments, as a CUDA graph once it has been called.
+
+    It must read and write the same tensors at every call, and leave the choice of what it does to
+    their values. It must not wait for the GPU.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device):
+        self._function, self._device = function, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._device.type != "cuda":
+            self._function()
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph, tries = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True  # the fastest convolutions for these sizes
+        try:
+            # first in earnest: kernels are compiled and convolutions chosen
+            tries.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(tries):
+                for _ in range(2):
+                    self._function()
+            torch.cuda.current_stream(self._device).wait_stream(tries)
+            # other threads may go on with what a capture forbids
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._function()
+        finally:
+            torch.backends.cudnn.benchmark = before
+        return graph
+
+
+class Results:
+    """Enlarged pictures on their way out of the device."""
+
+    def __init__(self, pictures: Tensor, copied: torch.cuda.Event | None):
+        self._pictures, self._copied = pictures, copied
+
+    def wait(self) -> list[Tensor]:
+        """The pictures [4H, 4W, 3], when they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return list(self._pictures)
+
+
+class Batches:
+    """Encodes and enlarges frames of one size and kind, up to `batch` at once.
+
+    Args:
+        model: on its device, in its precision.
+        height, width: of the frames.
+        kind: of their numbers: torch.uint8, torch.uint16 or torch.float32 in [0, 1].
+        batch: frames at once.
+    """
+
+    def __init__(self, model: MANA, height: int, width: int, kind: torch.dtype, batch: int):
+        weight = model.conv_first.weight
+        c, t, device = model.config.channels, model.config.frames, weight.device
+        self.model, self.batch, self.device = model, batch, device
+        self.ring = batch + 2 * (t // 2)
+        slots = torch.zeros(batch, dtype=torch.long, device=device)
+        self._slots, self._windows = slots, slots[:, None].repeat(1, t)
+        self._given = torch.zeros(batch, height, width, 3, dtype=kind, device=device)
+        self._out = self._given.new_zeros(batch, SCALE * height, SCALE * width, 3)
+        room = {"f": c, "q": c // 2, "k": c // 2, "v": c // 2}
+        self._kept = {
+            name: weight.new_zeros(self.ring, height, width, channels)
+            for name, channels in room.items()
+        }
+        self._lr = torch.zeros(self.ring, height, width, 3, device=device)
+        self._encode = Graph(self._encode_given, device)
+        self._enlarge = Graph(self._enlarge_windows, device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def encode(self, pictures: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Encode pictures [H, W, 3], at most a batch, and keep their features under their numbers.
+
+        Those of `batch` + 2 (T // 2) frames before are forgotten.
+        """
+        given = [*pictures, *[pictures[-1]] * (self.batch - len(pictures))]
+        _put(torch.stack(given), self._given)
+        self._put_places(numbers, self._slots)
+        self._encode()
+
+    def enlarge(self, windows: Sequence[Sequence[int]]) -> Results:
+        """Enlarge the centers of windows, at most a batch, by the numbers of their T frames."""
+        self._put_places(windows, self._windows)
+        if self._copies is None:
+            self._enlarge()
+            return Results(self._out[: len(windows)].clone(), None)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._copies)  # the last results leave the place of these
+        self._enlarge()
+        self._copies.wait_stream(compute)
+        with torch.cuda.stream(self._copies):
+            pictures = torch.empty(
+                len(windows), *self._out.shape[1:], dtype=self._out.dtype, pin_memory=True
+            )
+            pictures.copy_(self._out[: len(windows)], non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return Results(pictures, copied)
+
+    def _put_places(self, numbers: Sequence, target: Tensor) -> None:
+        places = torch.tensor([*numbers, *[numbers[-1]] * (self.batch - len(numbers))])
+        _put(places % self.ring, target)
+
+    def _encode_given(self) -> None:
+        lr = self._given.float() / WHITE[self._given.dtype]
+        # channels last, as it lies
+        features = self.model.encode(rearrange(lr.to(self._kept["f"].dtype), "n h w c -> n c h w"))
+        rows = features._replace(f=rearrange(features.f, "n c h w -> n h w c"))
+        for name, value in rows._asdict().items():
+            self._kept[name].index_copy_(0, self._slots, value)
+        self._lr.index_copy_(0, self._slots, lr)
+
+    def _enlarge_windows(self) -> None:
+        windows = self._windows
+        centers = windows[:, windows.shape[1] // 2]
+        f, q = self._kept["f"][centers], self._kept["q"][centers]
+        k, v = self._kept["k"][windows], self._kept["v"][windows]
+        z = self.model.fuse(rearrange(f, "n h w c -> n c h w"), q, k, v)
+        lr = rearrange(self._lr[centers], "n h w c -> n c h w")
+        large = self.model.decode(z).float() + self.model.skip(lr)
+        large = rearrange(large, "n c h w -> n h w c").clamp_(0, 1)
+        if (white := WHITE[self._out.dtype]) > 1:
+            large = large.mul_(white).round_()
+        self._out.copy_(large)
+
+
+def _put(values: Tensor, target: Tensor) -> None:
+    """Copy into a tensor on a device without waiting for it."""
+    pinned = values.pin_memory() if target.is_cuda else values
+    target.copy_(pinned, non_blocking=True)
