@@ -3,7 +3,9 @@
     python eval/gpu_check.py [--minutes 8]
 
 1. the kernels' GPU tests; 2. what this GPU reaches at best: copying, an 8192^3 bfloat16 product;
-3. an autotuning run at the main sizes, which writes kernels/tuned.json; 4. cross-frame attention
+3. an autotuning run at the main sizes, which writes kernels/tuned.json; 4. the whole `paper` model
+as a stream runs it: pictures in, enlarged pictures out, latency of one frame and throughput, beside
+the time that its arithmetic takes at the measured product's rate; 5. cross-frame attention
 (T = 7, D = 64, sigma = 4, bfloat16) against what one would use today, in the same process:
 dense eager, SDPA with a mask, SDPA with the Gaussian in extra columns, FlexAttention without and
 with a BlockMask of the very key tiles that ours visits. Times are medians with the 20th and 80th
@@ -14,6 +16,7 @@ results go to eval/results/<gpu>.json; the last line of stdout is the same as on
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,20 +34,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval.peers import augmented_sdpa, block_mask, eager, flex, flex_blocks, masked_sdpa
-from mana_triton import cross_frame_attention
+from mana_triton import MANA, MANAConfig, cross_frame_attention
+from mana_triton.batches import Batches
 from mana_triton.kernels import reference
+from mana_triton.stream import Upscaler, mirror
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_cross_frame_kernel.py", "tests/test_memory_kernel.py")
+TESTS = (
+    "tests/test_cross_frame_kernel.py",
+    "tests/test_memory_kernel.py",
+    "tests/test_batches.py",
+)
 SIZES = ((64, 112), (144, 180), (270, 480))
 FRAMES, CHANNELS, SIGMA, TOLERANCE = 7, 64, 4.0, 1e-3
 DEVICE, DTYPE = "cuda", torch.bfloat16
-SHARES = 0.35, 0.65  # of the time, at which testing and tuning must have ended
+# low-resolution size: ms of latency and ms a frame that an H200 is to reach
+TARGETS = {(64, 112): (1.2, 0.7), (270, 480): (None, 14.0), (540, 960): (None, 55.0)}
+TRIES = 200  # frames that the latency is measured on
+SHARES = 0.35, 0.6, 0.8  # of the time, at which testing, tuning and whole models must have ended
 
 
 def ours(
@@ -215,7 +229,130 @@ def tflop_s(row: dict[str, Any], passes: str) -> float:
     return (4 if passes == "forward" else 14) * CHANNELS * pairs / row[passes]["ms"] / 1e9
 
 
+# --- the whole model
+
+
+def model_rows(preset: str, seconds: float, deadline: float, matmul: float) -> list[dict[str, Any]]:
+    """Rows of the table of whole models; `seconds` are spent on the throughput of each size.
+
+    matmul: TFLOP/s of the measured product.
+    """
+    rows = []
+    for size in TARGETS:
+        if time.monotonic() > deadline:
+            rows.append({"what": preset, "height": size[0], "width": size[1],
+                         "left_out": "no time left"})  # fmt: skip
+        else:
+            rows.append(model_row(preset, *size, seconds, matmul))
+    return rows
+
+
+def model_row(
+    preset: str, height: int, width: int, seconds: float, matmul: float
+) -> dict[str, Any]:
+    """What a stream of pictures takes with untrained weights: latency, throughput, floor."""
+    torch.manual_seed(0)
+    model = MANA(MANAConfig.preset(preset))
+    upscaler = Upscaler(model, device=DEVICE, scene_cuts=False)
+    plan = upscaler.plan_for(height, width)
+    pictures = np.random.default_rng(0).integers(0, 256, (16, height, width, 3), np.uint8)
+    one = latency(upscaler.model, pictures)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stream = upscaler.stream(pictures[n % len(pictures)] for n in itertools.count())
+    for _ in range(3 * max(plan.batch, 1)):  # until everything is compiled
+        next(stream)
+    began, frames = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds:
+        for _ in range(max(plan.batch, 1)):
+            next(stream)
+        frames += max(plan.batch, 1)
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    visited = visited_by(upscaler.model, pictures)
+    floor = flops(model.config, height, width, visited) / matmul / 1e9
+    ms = 1000 * took / frames
+    latency_target, target = TARGETS.get((height, width), (None, None))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
+    return {
+        "what": preset, "height": height, "width": width, "precision": upscaler.precision,
+        "batch": plan.batch, "latency": one, "latency_target": latency_target,
+        "ms_per_frame": ms, "target": target, "floor_ms": floor, "of_floor": floor / ms,
+        "visited": visited, "peak_mib": peak, "predicted_mib": plan.peak / 2**20,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def latency(model: MANA, pictures: np.ndarray) -> dict[str, float]:
+    """Milliseconds from a picture in memory to the enlarged one: median, percentiles."""
+    frames, t = torch.from_numpy(pictures), model.config.frames
+    batches = Batches(model, *pictures.shape[1:3], frames.dtype, 1)
+    times = []
+    for n in range(TRIES):
+        began = time.perf_counter()
+        batches.encode([frames[n % len(frames)]], [n])
+        batches.enlarge([[mirror(i, 0, n) for i in range(n - t + 1, n + 1)]]).wait()
+        times.append(1000 * (time.perf_counter() - began))
+    p20, ms, p80 = np.percentile(times[TRIES // 4 :], [20, 50, 80]).tolist()
+    return {"ms": ms, "p20": p20, "p80": p80}
+
+
+@torch.no_grad()
+def visited_by(model: MANA, pictures: np.ndarray) -> float:
+    """Share of the (query, key) pairs that the attention of a window visits."""
+    like, config = model.conv_first.weight, model.config
+    frames = torch.from_numpy(pictures[: config.frames]).movedim(3, 1).to(like) / 255
+    _, q, k, v = model.encode(frames)
+    return cross_frame_attention(
+        q[:1], k[None], v[None], model.sigma, scale=config.logit_scale,
+        tolerance=model.tolerance, backend=model.backend, return_visited=True,
+    )[1]  # fmt: skip
+
+
+@torch.no_grad()
+def flops(config: MANAConfig, height: int, width: int, visited: float) -> float:
+    """Of one frame, with the features of the others kept: products of network and attention."""
+    with torch.device("meta"):
+        model = MANA(config)
+        frame = torch.empty(1, 3, height, width)
+        x = torch.empty(1, model.w_z.in_channels, height, width)
+    with FlopCounterMode(display=False) as counter:
+        model.encode(frame)
+        model.decode(model.w_z(x))
+    pixels, d = height * width, config.channels // 2
+    memory = (4 * d * config.memory_slots + 2 * d * config.channels) * pixels
+    return counter.get_total_flops() + memory + 4 * d * config.frames * visited * pixels**2
+
+
 # --- output
+
+
+def model_table(rows: list[dict[str, Any]]) -> Table:
+    """The table of whole models."""
+    table = Table(
+        "output", "model", "frames at once", "latency ms", "ms/frame", "floor ms", "of it",
+        "pairs", "peak MiB", "predicted",
+        title="whole model, pictures in and out; in brackets what is aimed at",
+    )  # fmt: skip
+    for row in rows:
+        size = f"{4 * row['width']}x{4 * row['height']}"
+        if "left_out" in row:
+            table.add_row(size, row["what"], row["left_out"])
+            continue
+        one, peak = row["latency"], row["peak_mib"]
+
+        def aimed(target: float | None) -> str:
+            return "" if target is None else f" [{target:g}]"
+
+        table.add_row(
+            size, f"{row['what']}, {row['precision']}", str(row["batch"]),
+            escape(f"{one['ms']:.3g} ({one['p20']:.3g}-{one['p80']:.3g})"
+                   f"{aimed(row['latency_target'])}"),
+            escape(f"{row['ms_per_frame']:.3g}{aimed(row['target'])}"),
+            f"{row['floor_ms']:.3g}", f"{row['of_floor']:.0%}", f"{row['visited']:.1%}",
+            "" if peak is None else f"{peak:.0f}", f"{row['predicted_mib']:.0f}",
+        )  # fmt: skip
+    return table
 
 
 def operation_table(rows: list[dict[str, Any]], note: str = "") -> Table:
@@ -260,6 +397,7 @@ def show(results: dict[str, Any]) -> None:
     best = results["ceilings"]
     console.print(f"copy {best['copy_gb_s']:.0f} GB/s, matmul {best['matmul_tflop_s']:.0f} TFLOP/s")
     note = "" if results["tests"]["passed"] else "; TESTS FAILED, these figures do not count"
+    console.print(model_table(results["models"]))
     console.print(operation_table(results["operation"], note))
 
 
@@ -298,6 +436,9 @@ def main() -> None:
         "ceilings": ceilings(),
         "tuned": run_tuning(began + SHARES[1] * seconds),
     }  # fmt: skip
+    results["models"] = model_rows(
+        "paper", 3.0, began + SHARES[2] * seconds, results["ceilings"]["matmul_tflop_s"]
+    )
     results["operation"] = [row for size in SIZES for row in compare(*size, began + seconds)]
     results["seconds"] = time.monotonic() - began
     show(results)

@@ -123,7 +123,7 @@ def static_attention(
     padded = F.pad(q * scale, (0, 0, 0, across * side - width, 0, down * side - height))
     # clips and frames are one axis: in the loop nothing may ask for the size of the batch
     squares = repeat(padded, "b (Y y) (X x) d -> (Y X) (b t) (y x) d", y=side, x=side, t=t)
-    flat_k, flat_v = (rearrange(x, "b t h w d -> (b t) (h w) d") for x in (k, v))
+    flat_k, flat_v = (rearrange(x.contiguous(), "b t h w d -> (b t) (h w) d") for x in (k, v))
     c = 1 / (2 * sigma.clamp(min=1e-15).square())
 
     def square(carry: Tensor, x: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ from .frame import explained
 from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
-from .stream import DTYPES, Upscaler, in_thread
+from .stream import DTYPES, Upscaler, Waits, in_thread
 from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, open_reader
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
@@ -206,7 +206,10 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
                 console.print(f"continuing after {resumed} frames", markup=False)
             size = (3 if reader.bits <= 8 else 6) * sides * width * height
             ahead = max(min(AHEAD // size, 4), 1)
-            enlarged = in_thread(_enlarged(reader, upscaler, args.compare, writer.done), ahead)
+            read, written = Waits(), Waits()  # for frames to enlarge, and to write
+            pictures = _enlarged(reader, upscaler, args.compare, writer.done, read)
+            enlarged = in_thread(pictures, ahead, written)
+            started = time.perf_counter()
             with (
                 contextlib.closing(enlarged),
                 contextlib.closing(
@@ -218,7 +221,9 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
                     with _whole():
                         writer.write(rgb, frame, seen)
                     frames += 1
+            waits = _shares(read, written, time.perf_counter() - started)
         _show_notes([*reader.notes, *writer.notes], shown)
+        console.print("waited: {}".format(", ".join(f"{k} {v:.0%}" for k, v in waits.items())))
         if reader.truncated:
             console.print(f"warning: {reader.truncated}", markup=False)
     seconds = time.perf_counter() - began
@@ -230,8 +235,18 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         "height": height,
         "seconds": round(seconds, 3),
         "ms_per_frame": round(1000 * seconds / max(frames - resumed, 1), 2),
+        "waits": {stage: round(share, 3) for stage, share in waits.items()},
         **_division(reader, upscaler),
     }
+
+
+def _shares(read: Waits, written: Waits, seconds: float) -> dict[str, float]:
+    """The part of the time for which each stage of the work waited for the others."""
+    waited = {
+        "reading": read.for_room, "network": read.for_items + written.for_room,
+        "writing": written.for_items,
+    }  # fmt: skip
+    return {stage: min(x / seconds, 1.0) for stage, x in waited.items()}
 
 
 def _open(source: Path, args: argparse.Namespace) -> Reader:
@@ -285,9 +300,10 @@ def _describe(reader, upscaler: Upscaler, args: argparse.Namespace) -> None:
     parts = [f"tiles of {plan.tile} pixels" if plan.tile else "no tiles"]
     if plan.rows:
         parts.append(f"bands of {plan.rows} rows, encoded anew")
+    together = plan.batch or plan.workers
     console.print(
         f"{upscaler.description}; {', '.join(parts)} ({plan.why}); "
-        f"{plan.workers} frame{'s' * (plan.workers > 1)} at once; "
+        f"{together} frame{'s' * (together > 1)} at once; "
         f"about {plan.peak / 2**30:.1f} GiB beside the program",
         markup=False,
     )
@@ -303,7 +319,9 @@ def _plan(source: Path, reader, upscaler: Upscaler) -> planner.Plan:
 
 def _division(reader, upscaler: Upscaler) -> dict[str, int]:
     plan = upscaler.plan_for(reader.height, reader.width)
-    return {"tile": plan.tile, "rows": plan.rows, "workers": plan.workers}
+    return {
+        "tile": plan.tile, "rows": plan.rows, "workers": plan.workers, "batch": plan.batch,
+    }  # fmt: skip
 
 
 def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str]:
@@ -315,7 +333,7 @@ def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str
 
 
 def _enlarged(
-    reader, upscaler: Upscaler, compare: bool, done: dict[str, Any] | None
+    reader, upscaler: Upscaler, compare: bool, done: dict[str, Any] | None, waits: Waits
 ) -> Iterator[tuple[Any, Frame, Seen]]:
     """Enlarged pictures with the frames they come from; decoding runs in a thread of its own."""
     trail = Trail(upscaler.reach, done)
@@ -329,7 +347,7 @@ def _enlarged(
             cuts.append(cut)
             yield frame.rgb
 
-    with contextlib.closing(in_thread(frames_after(reader, done))) as frames:
+    with contextlib.closing(in_thread(frames_after(reader, done), waits=waits)) as frames:
         results = upscaler.stream(
             pictures(frames), first=trail.first, is_cut=lambda _: cuts.popleft()
         )

@@ -207,8 +207,9 @@ class MANA(nn.Module):
     def project(
         self, f: Tensor, normalization: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of features, normalized on the way: the scale is folded into
-        the three projections, which are one matrix product.
+        """Queries, keys and values of features, which are normalized on the way.
+
+        The scale is folded into the three projections' weights; they are one matrix product.
 
         Args:
             f: [N, C, h, W] rows of features.

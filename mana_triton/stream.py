@@ -22,6 +22,7 @@ import math
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -780,19 +781,30 @@ def _take_threads(number: int, met: threading.Barrier) -> None:
     met.wait()
 
 
-def in_thread(items: Iterable, depth: int = 4) -> Generator:
-    """Iterate in a background thread, at most `depth` items ahead.
+@dataclass
+class Waits:
+    """Seconds that both ends of a queue of items waited."""
+
+    for_room: float = 0.0  # the producer
+    for_items: float = 0.0  # the consumer
+
+
+def in_thread(items: Iterable, depth: int = 4, waits: Waits | None = None) -> Generator:
+    """Iterate in a background thread, at most `depth` items ahead; `waits` is added to.
 
     An exception of the iterable is raised here, in its place; closing this iterator closes the
     iterable in its thread.
     """
     ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-    thread = threading.Thread(target=_produce, args=(iter(items), ready, stopped), daemon=True)
+    stopped, waits = threading.Event(), waits or Waits()
+    arguments = iter(items), ready, stopped, waits
+    thread = threading.Thread(target=_produce, args=arguments, daemon=True)
     thread.start()
     try:
         while True:
+            began = time.perf_counter()
             item, error = ready.get()
+            waits.for_items += time.perf_counter() - began
             if error is not None:
                 if isinstance(error, _Finished):
                     return
@@ -810,10 +822,12 @@ class _Finished(Exception):
     """The end of the items in a thread's queue."""
 
 
-def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event) -> None:
+def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event, waits: Waits) -> None:
     try:
         for item in items:
+            began = time.perf_counter()
             ready.put((item, None))
+            waits.for_room += time.perf_counter() - began
             if stopped.is_set():
                 break
     except BaseException as error:  # raised again in the consumer's thread

@@ -14,6 +14,7 @@ import torch
 from oracle import assert_as_accurate
 from rich.console import Console
 
+from mana_triton import MANAConfig
 from mana_triton.kernels import reference
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +172,13 @@ def made_up():
         "gpu": "NVIDIA Imaginary 90 (80GB)",
         "tests": {"passed": True, "summary": "9 passed"},
         "ceilings": {"copy_gb_s": 4000.0, "matmul_tflop_s": 790.0},
+        "models": [
+            {"what": "paper", "height": 64, "width": 112, "precision": "bf16", "batch": 7,
+             "latency": figures(1.5), "latency_target": 1.2, "ms_per_frame": 0.8, "target": 0.7,
+             "floor_ms": 0.4, "of_floor": 0.5, "visited": 0.25, "peak_mib": 900.0,
+             "predicted_mib": 1000.0},
+            {"what": "paper", "height": 270, "width": 480, "left_out": "no time left"},
+        ],
         "operation": [
             {"what": "ours, bias", **size, "forward": figures(0.2), "both": figures(0.8),
              "relative_error": 3e-3, "visited": 0.25},
@@ -193,6 +201,42 @@ def test_table_of_results(capsys):
     assert "115" in ours and "1.00" in ours and "25.0%" in ours and "0.2 (0.18-0.22)" in ours
     assert "15.00" in dense and "12.50" in dense and "31" in dense
     assert "needs 900 GiB, 80 free" in left_out
+
+
+def test_table_of_whole_models(capsys):
+    Console(width=200).print(gpu_check.model_table(made_up()["models"]))
+    lines = capsys.readouterr().out.splitlines()
+    small, large = (next(line for line in lines if size in line) for size in ("448x", "1920x"))
+    for cell in ("paper, bf16", "1.5 (1.35-1.65) [1.2]", "0.8 [0.7]", "50%", "25.0%", "1000"):
+        assert cell in small
+    assert "no time left" in large
+
+
+def test_whole_models_are_measured(monkeypatch):
+    """On a CPU: what is written into a row, but no figure of worth."""
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "TRIES", 8)
+    monkeypatch.setattr(gpu_check, "TARGETS", {(12, 16): (1.2, 0.7), (12, 17): (None, None)})
+    rows = gpu_check.model_rows("tiny", 0.1, float("inf"), 790.0)
+    assert [row["width"] for row in rows] == [16, 17]
+    for row in rows:
+        assert row["precision"] == "fp32" and 0 < row["visited"] <= 1
+        assert 0 < row["latency"]["p20"] <= row["latency"]["ms"] <= row["latency"]["p80"]
+        assert row["of_floor"] == row["floor_ms"] / row["ms_per_frame"] > 0
+    assert (rows[0]["target"], rows[1]["target"]) == (0.7, None)
+    late = gpu_check.model_rows("tiny", 0.1, 0.0, 790.0)
+    assert all(row["left_out"] == "no time left" for row in late)
+
+
+def test_flops_are_those_of_the_layers():
+    config = MANAConfig.preset("paper")
+    pixels, d = 64 * 112, 64
+    block = 2 * 2 * 9 * 128 * 128
+    layers = 2 * 9 * 3 * 128 + 45 * block + 3 * 2 * 128 * d  # first, blocks, q, k, v
+    layers += 2 * 7 * d * 128 + 2 * d * 128 + 4 * d * 512  # W_z, W_z1, memory
+    layers += 2 * 9 * (128 * 512 + 4 * 128 * 256 + 16 * (64 * 64 + 64 * 3))
+    dense = 4 * d * 7 * pixels**2
+    assert gpu_check.flops(config, 64, 112, 0.25) == pytest.approx(layers * pixels + dense / 4)
 
 
 def test_figures_of_a_red_gate_are_marked(capsys):

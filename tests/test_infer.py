@@ -171,6 +171,10 @@ def test_a_video_with_sound_and_rotation(weights, tmp_path):
         + ("s at once" if summary["workers"] > 1 else " at once")
     )
     assert "6 of 6 frames" in result.stderr
+    waits = summary["waits"]
+    assert set(waits) == {"reading", "network", "writing"}
+    assert all(0 <= share <= 1 for share in waits.values()) and max(waits.values()) > 0
+    assert f"waited: reading {waits['reading']:.0%}, network" in result.stderr
     assert sorted(tmp_path.iterdir()) == [source, output]
 
 

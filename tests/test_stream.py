@@ -22,7 +22,7 @@ import mana_triton
 from mana_triton import checkpoint, planner, stream
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, Features, MANAConfig
-from mana_triton.stream import CutDetector, Upscaler, in_thread, mirror, upscale
+from mana_triton.stream import CutDetector, Upscaler, Waits, in_thread, mirror, upscale
 from mana_triton.video import open_reader
 
 ROOT = Path(__file__).parents[1]
@@ -595,6 +595,21 @@ def test_thread_keeps_the_order(depth):
     assert list(in_thread([], depth)) == []
     assert threading.current_thread() not in source.threads
     assert not any(thread.is_alive() for thread in source.threads)
+
+
+def test_waits_are_those_of_the_slower_end():
+    slow, waits = 0.05, [Waits(), Waits()]
+
+    def source():
+        for n in range(6):
+            time.sleep(slow)
+            yield n
+
+    list(in_thread(source(), 1, waits[0]))
+    for _ in in_thread(iter(range(6)), 1, waits[1]):
+        time.sleep(slow)
+    assert waits[0].for_items > 4 * slow > waits[0].for_room
+    assert waits[1].for_room > 2 * slow > waits[1].for_items
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 7])

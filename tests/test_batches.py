@@ -1,0 +1,152 @@
+"""Whole frames in batches: rings, padding, and on a GPU its graphs.
+
+What a stream makes of batches is tested in test_stream.py and test_planner.py; this file runs from
+a bare checkout on a GPU.
+"""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mana_triton import MANA, MANAConfig
+from mana_triton.batches import Batches, Graph
+from mana_triton.stream import Upscaler
+
+CONFIG = MANAConfig(
+    channels=32, encoder_blocks=2, decoder_blocks=4, memory_slots=16, match="cosine", offsets=True
+)
+CPU = torch.device("cpu")
+ROUNDING = 1e-5  # of float32 sums in another order, on values of about 1
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def random_model() -> MANA:
+    """A network in which neighbors and memory matter, unlike in a new one."""
+    torch.manual_seed(0)
+    model = MANA(CONFIG)
+    for layer in (model.w_z, model.w_z1, model.conv_last):
+        nn.init.normal_(layer.weight, std=0.05)
+    return model.eval()
+
+
+def clip(length: int, height: int, width: int) -> np.ndarray:
+    """[T, H, W, 3] uint8: blobs that move a pixel a frame."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, height // 8 + 2, (width + length) // 8 + 2, generator=generator)
+    size = (height, width + length)
+    picture = nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1)[0]
+    moving = torch.stack([picture[:, :, n : n + width] for n in range(length)])
+    return (255 * moving).round().byte().movedim(1, -1).numpy()
+
+
+def stacked(upscaler: Upscaler, frames: np.ndarray) -> Tensor:
+    """[T, 3, 4H, 4W] in 0..255."""
+    return torch.from_numpy(np.stack(list(upscaler.stream(frames)))).movedim(-1, 1).float()
+
+
+def test_a_function_runs_as_it_is_without_a_gpu():
+    calls = []
+    graph = Graph(lambda: calls.append(1), CPU)
+    graph()
+    graph()
+    assert calls == [1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_windows_find_their_frames_in_the_ring(batch):
+    model, frames = random_model(), torch.from_numpy(clip(14, 9, 10))
+    batches = Batches(model, 9, 10, torch.uint8, batch)
+    lr = frames.movedim(-1, 1) / 255
+    for start in range(0, 14, batch):
+        numbers = list(range(start, min(start + batch, 14)))
+        batches.encode([frames[n] for n in numbers], numbers)
+        centers = [n for n in range(start - 3, start - 3 + len(numbers)) if n >= 3]
+        if not centers:
+            continue
+        windows = [list(range(n - 3, n + 4)) for n in centers]
+        results = batches.enlarge(windows).wait()
+        exact = torch.cat([model(lr[window][None]) for window in windows])
+        exact = 255 * exact.clamp(0, 1).movedim(1, -1)
+        assert len(results) == len(windows)
+        assert (torch.stack(results).float() - exact).abs().max() <= 0.5 + 255 * ROUNDING
+
+
+@torch.no_grad()
+def test_results_are_the_callers_own():
+    batches = Batches(random_model(), 8, 8, torch.uint8, 2)
+    frames = torch.from_numpy(clip(2, 8, 8))
+    batches.encode(list(frames), [0, 1])
+    first = batches.enlarge([[0] * 7]).wait()[0]
+    before = first.clone()
+    batches.enlarge([[1] * 7])
+    assert torch.equal(first, before)
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@gpu
+@torch.no_grad()
+def test_a_replayed_graph_does_what_the_function_does():
+    x = torch.zeros(5, device="cuda")
+    y = torch.zeros(5, device="cuda")
+    graph = Graph(lambda: y.copy_(2 * x + 1), x.device)
+    for value in range(4):
+        x.fill_(value)
+        graph()
+        assert torch.equal(y, torch.full_like(y, 2 * value + 1))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_graphs_equal_eager_frames(batch, precision, monkeypatch):
+    """The same functions without a graph, on the same device."""
+    frames = clip(17, 40, 52)
+    options = {"device": "cuda", "precision": precision, "batch": batch, "scene_cuts": False}
+    upscaler = Upscaler(random_model(), **options)
+    replayed = stacked(upscaler, frames)
+    monkeypatch.setattr(Graph, "__call__", lambda self: self._function())
+    eager = stacked(upscaler, frames)
+    # the fastest convolutions, which a graph chooses, add in another order
+    assert (replayed - eager).abs().max() <= (1 if precision == "fp32" else 3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 60.0), ("bf16", 50.0), ("fp16", 50.0)])
+def test_batches_on_a_gpu_are_close_to_the_definition(precision, least):
+    model, frames = random_model(), clip(9, 40, 52)
+    exact = copy.deepcopy(model).double()
+    exact.backend = "reference"
+    lr = torch.from_numpy(frames).movedim(-1, 1).double() / 255
+    padded = np.pad(np.arange(9), 3, mode="reflect").tolist()
+    with torch.no_grad():
+        expected = torch.cat([exact(lr[padded[n : n + 7]][None]) for n in range(9)]).clamp(0, 1)
+    upscaler = Upscaler(model, device="cuda", precision=precision, batch=4, scene_cuts=False)
+    results = torch.stack([torch.as_tensor(x) for x in upscaler.stream(lr.float())]).double()
+    mse = (results - expected).square().mean().item()
+    assert -10 * np.log10(mse) >= least
+
+
+@pytest.mark.gpu
+@gpu
+def test_memory_does_not_grow_over_a_thousand_frames():
+    frames = clip(8, 40, 52)
+    stream = Upscaler(random_model(), device="cuda").stream(
+        frames[n % 8] for n in itertools.count()
+    )
+    for _ in range(40):
+        next(stream)
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(1000):
+        next(stream)
+    assert torch.cuda.memory_allocated() <= held
+    assert torch.cuda.memory_reserved() <= reserved
