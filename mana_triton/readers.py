@@ -24,6 +24,7 @@ from . import color as colors
 from . import images
 from .color import Color
 from .frame import Frame, MediaError, Timed, explained, is_cover, reason
+from .timeline import Timeline
 
 MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
 MAX_STREAMS = 100
@@ -112,6 +113,7 @@ class VideoReader(_Reader):
         notes: lines the user should see.
         damaged: frames so far that were damaged or missing.
         truncated: after iterating, why frames are missing or damaged; None if all is well.
+        timeline: where the file's times begin anew; those of frames go on there.
 
     Raises:
         MediaError: the file is missing, unreadable, not a video, or has no frame in the range.
@@ -130,6 +132,13 @@ class VideoReader(_Reader):
         self._wanted, self._limits = stream, limits
         self.notes, self.truncated = [], None
         self._open()
+        self.timeline = Timeline(self._container)
+        if joints := self.timeline.joints:
+            self._note(
+                f"times begin anew at {joints} place{'s' * (joints > 1)}, as of joined recordings;"
+                " what follows is moved, sound and picture by the same amount"
+            )
+        self._reopen()
         try:
             self._frames = self._in_range()
             first = next(self._frames, None)
@@ -160,6 +169,10 @@ class VideoReader(_Reader):
             ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
             self._origin = ticks * self.time_base
         self.stop = None if self.end is None else _exact(self.end) + self._origin
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._open()
 
     def _choose_stream(self) -> av.VideoStream:
         streams, wanted = self._container.streams, self._wanted
@@ -193,8 +206,10 @@ class VideoReader(_Reader):
 
     @property
     def _end(self) -> float | None:
-        """When the video ends, in seconds, according to the headers; None if they do not say."""
+        """When the video ends, in seconds, as far as the file says; None if they do not say."""
         stream, container = self._stream, self._container
+        if self.timeline.joints:  # headers are those of one recording
+            return float(self.timeline.ends[stream.index])
         if stream.duration:
             return float(((stream.start_time or 0) + stream.duration) * self.time_base)
         if clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
@@ -263,21 +278,20 @@ class VideoReader(_Reader):
 
     def seek(self, pts: int | None) -> None:
         """Iterate from the frame with this time on; None: from the first frame of the range."""
-        self._container.close()
-        self._open()
+        self._reopen()
         self._frames = self._in_range(None if pts is None else pts * self.time_base)
 
     def _in_range(self, begin: Fraction | None = None) -> Iterator[Timed]:
         frames = self._progressive()
         start = self._origin + _exact(self.start or 0) if begin is None else begin
-        if (self.start or begin is not None) and self._container.format.name not in _CHAINED:
+        seekable = self._container.format.name not in _CHAINED and not self.timeline.joints
+        if (self.start or begin is not None) and seekable:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
                 self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
             first = next(frames, None)
             if first is None or first.pts * self.time_base > start:  # failed or overshot
-                self._container.close()
-                self._open()
+                self._reopen()
                 frames = self._progressive()
             else:
                 frames = itertools.chain([first], frames)
@@ -307,7 +321,7 @@ class VideoReader(_Reader):
 
     def _decoded(self) -> Iterator[Timed]:
         """All frames from here on, with increasing timestamps; damage is counted and skipped."""
-        packets = self._container.demux(self._stream)
+        packets = self.timeline.along(self._container.demux(self._stream))
         last, lasts, stopped = None, 0, None
         while True:
             try:

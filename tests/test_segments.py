@@ -599,6 +599,29 @@ def test_every_input_continues(name, weights, runner, tmp_path):
     assert content(tmp_path / "out.mp4") == content(tmp_path / "whole.mp4")
 
 
+def test_joined_recordings_continue(weights, runner, tmp_path):
+    """The times of a seek would be found in the first recording, too."""
+    options = {"g": "7", "bf": "2", "crf": "12"}
+    part = media.write_video(
+        tmp_path / "a.ts", pictures(), options=options, audio=True, color=(1, 1, 1, 1)
+    )
+    source = tmp_path / "in.ts"
+    source.write_bytes(2 * part.read_bytes())
+    results = []
+    for name in ("whole", "resumed"):
+        output = tmp_path / name / "clip_x4.mp4"
+        output.parent.mkdir()
+        if name == "resumed":
+            assert runner(*command(source, weights, output), encode=45).code == 1
+        run = runner(*command(source, weights, output))
+        assert (run.code, run.summary["frames"]) == (0, 2 * COUNT), run.err
+        assert (run.summary["resumed"] > COUNT) == (name == "resumed")
+        assert "note: times begin anew at 1 place, as of joined" in run.err
+        results.append(content(output))
+    assert results[0] == results[1]
+    assert len(results[0][1]) == 2 * len(media.packets(part, "audio"))
+
+
 def ten_bits(folder: Path) -> Path:
     deep = [media.rgb_to_yuv(rgb, "bt2020", False, 10) for rgb in pictures()]
     return media.write_video(
