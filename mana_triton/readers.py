@@ -44,11 +44,19 @@ class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
     notes: list[str]
+    bits: int
     damaged = 0
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
+
+    def _announced(self, rgb: np.ndarray, alpha: np.ndarray | None) -> images.Picture:
+        """The picture with the bits that are announced."""
+        if (rgb.dtype == np.uint8) != (self.bits <= 8):
+            self._note(f"some pictures have 8 bits, some more; all are taken with {self.bits}")
+        alpha = None if alpha is None else colors.with_bits(alpha, self.bits)
+        return colors.with_bits(rgb, self.bits), alpha
 
     def close(self) -> None:
         """Close what is open."""
@@ -370,7 +378,7 @@ class VideoReader(_Reader):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
-            rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
+            rgb, alpha = self._announced(colors.to_rgb(frame, self.color), colors.alpha_of(frame))
             times = picture.pts, self.time_base, picture.duration
             yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
@@ -478,10 +486,11 @@ class ImageFolderReader(_Reader):
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         self.width, self.height = _picture_size(self.files[0], limits)
-        with explained(self.files[0], "read the picture"):
-            self.bits = images.picture_bits(self.files[0])
-        for file in self.files[1:]:  # now rather than after hours of work
+        self.bits = 8
+        for file in self.files:  # now rather than after hours of work
             size = _picture_size(file, limits)
+            with explained(file, "read the picture"):
+                self.bits = max(self.bits, images.picture_bits(file))
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
@@ -495,8 +504,9 @@ class ImageFolderReader(_Reader):
     def __iter__(self) -> Iterator[Frame]:
         for index, file in enumerate(self.files[self._first :], self._first):
             with explained(file, "read the picture"):
-                rgb, alpha = images.read_picture(file)
-            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha)
+                rgb, alpha, tags = images.read_picture(file, self._note)
+            rgb, alpha = self._announced(rgb, alpha)
+            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha, tags=tags)
 
 
 class AnimationReader(_Reader):

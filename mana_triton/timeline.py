@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from av.container import InputContainer
@@ -64,9 +65,9 @@ class Timeline:
         self, joints: list[_Joint], counts: Counter[int], tracks: dict[int, _Track]
     ) -> None:
         """Keep the joints at which every sound and video that goes on has jumped."""
-        moved, ends = Fraction(0), [joint.counts for joint in joints[1:]] + [counts]
-        for joint, end in zip(joints, ends, strict=True):
-            going_on = {i for i in tracks if end[i] > joint.counts[i] > 0}
+        moved = Fraction(0)
+        for joint, after in pairwise([*joints, _Joint(counts)]):
+            going_on = {i for i in tracks if after.counts[i] > joint.counts[i] > 0}
             if not going_on <= joint.begins.keys():
                 continue
             moved += max(joint.gaps.values())

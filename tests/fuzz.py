@@ -2,8 +2,8 @@
 
     python tests/fuzz.py FOLDER FIRST LAST
 
-FOLDER holds intact files. Case n damages file n % count by seed n. Before each case its number is
-printed, and after it "bad <traceback>" unless it ended well or with the one error that the API
+FOLDER holds intact files. Case n damages file n % count by seed n. "ready" is
+printed when all is loaded, before each case its number, and after it "bad <traceback>" unless it ended well or with the one error that the API
 promises. The caller watches for crashes and for silence. The address space is limited to what is
 in use at the beginning and 1 GiB.
 """
@@ -88,6 +88,7 @@ def main() -> None:
         folder = Path(name)
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        print("ready", flush=True)
         for case in range(int(sys.argv[2]), int(sys.argv[3])):
             print(case, flush=True)
             file = files[case % len(files)]

@@ -242,7 +242,8 @@ def test_joined_recordings_follow_each_other(suffix, counts, tmp_path):
     places = "2 places" if len(parts) == 3 else "1 place"
     assert f"times begin anew at {places}, as of joined recordings; what" in reader.notes[0]
     assert hashes(out) == [digest for part in parts for digest in hashes(part)]
-    frames, sounds = media.frame_times(out), [time for time, _ in media.packets(out, "audio")]
+    frames: Any = np.array(media.frame_times(out))
+    sounds: Any = np.array([time for time, _ in media.packets(out, "audio")])
     for part in parts:
         times, heard = media.frame_times(part), [time for time, _ in media.packets(part, "audio")]
         now, later = np.split(frames, [len(times)]), np.split(sounds, [len(heard)])
