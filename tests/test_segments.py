@@ -785,7 +785,8 @@ def test_seeking_is_not_relied_on(clip, monkeypatch):
 def test_warnings_of_an_earlier_run_are_kept(weights, runner, tmp_path):
     """Damage before the place where the second run continues."""
     options = {"g": "5", "bf": "0", "qp": "0", "preset": "ultrafast"}
-    source = media.write_video(tmp_path / "in.mkv", pictures(), options=options, color=(1, 1, 1, 1))
+    frames = pictures(size=(24, 40))
+    source = media.write_video(tmp_path / "in.mkv", frames, options=options, color=(1, 1, 1, 1))
     with av.open(str(source)) as container:
         starts = [packet.pos or 0 for packet in container.demux(video=0) if packet.size]
     data = bytearray(source.read_bytes())
