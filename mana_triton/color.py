@@ -114,6 +114,13 @@ def to_rgb(frame: av.VideoFrame, color: Color) -> np.ndarray:
     return yuv_to_rgb(_planes(frame)[:3], depth(frame.format), color, block(frame.format.name))
 
 
+def with_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values of 8 or 16 bits, as uint8 if there are to be 8, else as uint16."""
+    if (values.dtype == np.uint8) == (bits <= 8):
+        return values
+    return (values / 257).round().astype(np.uint8) if bits <= 8 else values.astype(np.uint16) * 257
+
+
 def yuv_to_rgb(
     planes: list[np.ndarray], bits: int, color: Color, chroma_block: tuple[int, int]
 ) -> np.ndarray:

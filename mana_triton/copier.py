@@ -1,6 +1,7 @@
 """Everything of a file but the pictures: copied, packet by packet, beside what is enlarged."""
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import av
 from av.error import FFmpegError, InvalidDataError
+from av.format import Flags
 from av.stream import Stream
 
 from .frame import MP4_LIKE, MediaError, Timed, is_cover, reason
@@ -53,12 +55,16 @@ class Copier:
         for stream in self._source.streams:
             if stream.index != reader.stream_index:
                 self._add(stream)
-        if reader.start:
+        if reader.start and not reader.timeline.joints:
             with suppress(FFmpegError):  # without seeking it only takes longer
                 self._source.seek(int((reader.offset - 1) * av.time_base))
         streams = [self._source.streams[index] for index in self._targets]
-        self._packets = self._source.demux(*streams) if streams else iter(())
+        packets = self._source.demux(*streams) if streams else iter(())
+        self._packets = reader.timeline.along(packets)
         self._waiting: Timed = None
+        # the earliest decoding time of each stream's next packet, in ticks of the output
+        self._least: dict[int, int] = {}
+        self._strict = not self._output.format.flags & Flags.ts_nonstrict.value
 
     def _copy_tags(self) -> None:
         tags = _lasting(self._source.metadata)
@@ -195,13 +201,31 @@ class Copier:
         if shift := round(self._reader.offset / packet.time_base):
             packet.pts = None if packet.pts is None else packet.pts - shift
             packet.dts = None if packet.dts is None else packet.dts - shift
+        self._keep_order(packet, index)
         packet.stream = self._targets[index]
         try:
             self._output.mux_one(packet)
         except InvalidDataError:  # the input's fault, not the disk's
-            note = "damaged sound was left out"
-            if note not in self._writer.notes:
-                self._writer.notes.append(note)
+            self._note("damaged sound was left out")
+
+    def _keep_order(self, packet: Timed, index: int) -> None:
+        """Move a packet that would come before the last one, which no container takes."""
+        if packet.dts is None:
+            return
+        target = self._targets[index]
+        ticks = packet.time_base / cast(Fraction, target.time_base)
+        dts, least = math.floor(packet.dts * ticks + Fraction(1, 2)), self._least.get(index)
+        if least is not None and dts < least:
+            pts = dts if packet.pts is None else math.floor(packet.pts * ticks + Fraction(1, 2))
+            packet.duration = round((packet.duration or 0) * ticks)
+            packet.dts, packet.pts, packet.time_base = least, max(pts, least), target.time_base
+            dts = least
+            self._note(f"times of stream {index} that ran backwards were corrected")
+        self._least[index] = dts + (self._strict and target.type in ("audio", "video"))
+
+    def _note(self, line: str) -> None:
+        if line not in self._writer.notes:
+            self._writer.notes.append(line)
 
     def close(self) -> None:
         """Close the second look at the input."""

@@ -4,9 +4,9 @@ import errno
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Frame:
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
         alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
+        tags: color profile, EXIF and XMP of a picture, by these names.
         damaged: frames of the file, up to this one, that were damaged or missing.
     """
 
@@ -45,6 +46,7 @@ class Frame:
     name: str | None = None
     alpha: np.ndarray | None = None
     damaged: int = 0
+    tags: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Single pictures and animations: 8 and 16 bits, transparency, orientation.
 
 Pillow reads what has 8 bits per channel. It would silently halve deeper pictures, which FFmpeg
-reads and writes.
+reads and writes. Color profile, EXIF and XMP pass through, as bytes.
 """
 
 import io
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import IFD
 
 from .color import Color, alpha_of, to_rgb
 
@@ -24,6 +26,18 @@ FORMATS = {"PNG": "png_pipe", "TIFF": "tiff_pipe", "JPEG": None, "WEBP": None, "
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha, as in color.py
+Tags = dict[str, bytes]  # "color profile", "EXIF", "XMP"
+
+# what Pillow raises for damaged files, beside OSError
+_DAMAGED = (
+    SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
+    zlib.error, ZeroDivisionError, AttributeError,
+)  # fmt: skip
+# the part of EXIF that is not about the file: texts, camera, author, times, place
+_LASTING = {270, 271, 272, 305, 306, 315, 316, 33432, *range(40091, 40096), IFD.Exif, IFD.GPSInfo}
+_SIZE = (40962, 40963)  # in pixels, as it was
+_TURN = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|>)\s*)[2-8]""")
+_PNG_HEAD = 33  # bytes of a PNG file before the place of its tags
 
 
 class _File(io.BufferedReader):
@@ -46,9 +60,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise OSError("the picture is too large; shrink it first") from error
-    except (SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError) as error:
-        raise OSError("it is damaged") from error
-    except (struct.error, zlib.error, ZeroDivisionError, AttributeError) as error:
+    except _DAMAGED as error:
         raise OSError("it is damaged") from error
 
 
@@ -62,7 +74,8 @@ def picture_size(file: Path) -> tuple[int, int]:
     """Width and height as shown."""
     with _opened(file) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # which Pillow has done
+        return (height, width) if turned else (width, height)
 
 
 def picture_bits(file: Path) -> int:
@@ -71,8 +84,13 @@ def picture_bits(file: Path) -> int:
         return 16 if _is_deep(image) else 8
 
 
-def read_picture(file: Path) -> Picture:
-    """RGB, uint8 or uint16, and the opacity if there is any transparency."""
+def read_picture(
+    file: Path, lost: Callable[[str], None] = lambda _: None
+) -> tuple[np.ndarray, np.ndarray | None, Tags]:
+    """RGB, uint8 or uint16, the opacity if there is any transparency, and what else is in the file.
+
+    `lost` is told what is left out.
+    """
     with _opened(file) as image:
         deep, turn = _is_deep(image), _orientation(image)  # in this order: the latter loads
         if deep:
@@ -82,21 +100,64 @@ def read_picture(file: Path) -> Picture:
             rgb, alpha = to_rgb(frame, Color(full_range=True)), alpha_of(frame)
         else:
             rgb, alpha = _split(image)
-    return _upright(rgb, turn), None if alpha is None else _upright(alpha, turn)
+            turn = 1 if image.format == "TIFF" else turn  # which Pillow has turned
+        tags = _tags(image, lost)
+    return _upright(rgb, turn), None if alpha is None else _upright(alpha, turn), tags
 
 
-def write_picture(file: Path, rgb: np.ndarray, alpha: np.ndarray | None = None) -> None:
+def _tags(image: Image.Image, lost: Callable[[str], None]) -> Tags:
+    """What is still true of the picture when it stands upright and is enlarged."""
+    tags = {}
+    profile = image.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB " and profile[36:40] == b"acsp":
+        tags["color profile"] = profile
+    elif profile:
+        lost("a color profile is left out: it is damaged, or not one of RGB")
+    try:
+        if exif := _lasting(image.getexif()):
+            tags["EXIF"] = exif
+    except _DAMAGED:
+        lost("EXIF is damaged and left out")
+    if isinstance(xmp := image.info.get("xmp"), bytes):
+        tags["XMP"] = _TURN.sub(rb"\g<1>1", xmp)
+    return tags
+
+
+def _lasting(exif: Image.Exif) -> bytes:
+    for tag in [tag for tag in exif if tag not in _LASTING]:
+        del exif[tag]
+    if camera := exif.get_ifd(IFD.Exif):
+        exif[IFD.Exif] = {tag: value for tag, value in camera.items() if tag not in _SIZE}
+    return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) else b""
+
+
+def write_picture(
+    file: Path, rgb: np.ndarray, alpha: np.ndarray | None = None, tags: Mapping[str, bytes] = {}
+) -> None:
     """A PNG with as many bits as the arrays."""
-    pixels = rgb if alpha is None else np.dstack([rgb, alpha])
+    data, chunks = _png(rgb if alpha is None else np.dstack([rgb, alpha])), b""
+    for kind, head, name in (
+        (b"iCCP", b"ICC Profile\0\0", "color profile"),
+        (b"eXIf", b"", "EXIF"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", "XMP"),
+    ):
+        if name in tags:
+            body = kind + head + (zlib.compress(tags[name]) if kind == b"iCCP" else tags[name])
+            chunks += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    file.write_bytes(data[:_PNG_HEAD] + chunks + data[_PNG_HEAD:])
+
+
+def _png(pixels: np.ndarray) -> bytes:
     if pixels.dtype == np.uint8:
-        Image.fromarray(pixels).save(file, "png", compress_level=3)
-        return
-    frame = av.VideoFrame.from_ndarray(pixels, "rgb48be" if alpha is None else "rgba64be")
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "png", compress_level=3)
+        return data.getvalue()
+    frame = av.VideoFrame.from_ndarray(pixels, "rgb48be" if pixels.shape[2] == 3 else "rgba64be")
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
     encoder.options = {"compression_level": "3", "pred": "up"}
     encoder.time_base = Fraction(1)
-    file.write_bytes(b"".join(bytes(p) for p in (*encoder.encode(frame), *encoder.encode(None))))
+    return b"".join(bytes(p) for p in (*encoder.encode(frame), *encoder.encode(None)))
 
 
 def read_animation(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:

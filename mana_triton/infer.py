@@ -392,7 +392,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """The (input, output) pairs that the flags ask for.
 
     Raises:
-        MediaError: several videos and one output file, or two that would become the same file.
+        MediaError: several videos and one output file.
     """
     source: Path = args.input
     videos = _videos_in(source) if source.is_dir() else []
@@ -402,12 +402,6 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
         raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
     jobs = [(video, folder / _default_output(video, args.codec).name) for video in videos]
-    names: dict[Path, Path] = {}
-    for video, output in jobs:
-        if (other := names.setdefault(output, video)) != video:
-            raise MediaError(
-                f"{other} and {video.name} would both become {output.name}; rename one of them"
-            )
     if args.output and not args.benchmark:
         folder.mkdir(parents=True, exist_ok=True)
     return jobs
@@ -503,10 +497,15 @@ def _run_folder(
     """Every job in turn; one that fails does not stop the rest."""
     done, failed, before = [], [], []
     table = Table("video", "result", "frames", "ms/frame", title=escape(str(args.input)))
+    results = {
+        source: output if args.preview is None else _preview_path(output, args.preview)
+        for source, output in jobs
+    }
     for source, output in jobs:
-        name = escape(source.name)
-        wanted = output if args.preview is None else _preview_path(output, args.preview)
+        name, wanted = escape(source.name), results[source]
         try:
+            if not args.benchmark:
+                _check_name(source, results)
             with explained(wanted, "write"):
                 is_there = wanted.exists()
             if is_there and not args.overwrite and not args.benchmark:
@@ -534,6 +533,16 @@ def _run_folder(
         "height": max((result["height"] for result in done), default=0),
         "ms_per_frame": round(1000 * total["seconds"] / max(new, 1), 2),
     }, 1 if failed else 0  # fmt: skip
+
+
+def _check_name(source: Path, results: dict[Path, Path]) -> None:
+    """MediaError if other videos would become the same file as this one."""
+    wanted = results[source]
+    if others := [x.name for x, result in results.items() if result == wanted and x != source]:
+        raise MediaError(
+            f"{source}: would become {wanted.name}, as would {', '.join(others)};"
+            " rename one of them"
+        )
 
 
 def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .color import with_bits
 from .data import upscale_bicubic
 from .frame import MediaError, explained, hidden, sync
 from .model import SCALE
@@ -65,7 +66,7 @@ def detailed(rgb: np.ndarray, side: int, count: int) -> list[tuple[int, int]]:
 
 def sheet(lr: np.ndarray, enlarged: np.ndarray) -> Image.Image:
     """Bicubic on the left, ours on the right: whole, and below the most detailed squares."""
-    lr, enlarged = map(_eight_bits, (lr, enlarged))
+    lr, enlarged = (with_bits(picture, 8) for picture in (lr, enlarged))
     bicubic = upscale_bicubic(torch.from_numpy(lr.copy())).numpy()
     side = max(min(lr.shape[0], lr.shape[1], max(min(lr.shape[:2]) // 5, 16)), 1)
     corners = detailed(lr, side, CROPS)
@@ -91,10 +92,6 @@ def sheet(lr: np.ndarray, enlarged: np.ndarray) -> Image.Image:
             canvas.paste(crop.resize((square, square), Image.Resampling.NEAREST), place)
             draw.rectangle([*place, *(edge + square - 1 for edge in place)], outline=color, width=2)
     return canvas
-
-
-def _eight_bits(rgb: np.ndarray) -> np.ndarray:
-    return rgb if rgb.dtype == np.uint8 else (rgb / 257).round().astype(np.uint8)
 
 
 def save(picture: Image.Image, path: Path) -> None:

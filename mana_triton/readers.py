@@ -24,6 +24,7 @@ from . import color as colors
 from . import images
 from .color import Color
 from .frame import Frame, MediaError, Timed, explained, is_cover, reason
+from .timeline import Timeline
 
 MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
 MAX_STREAMS = 100
@@ -43,11 +44,19 @@ class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
     notes: list[str]
+    bits: int
     damaged = 0
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
+
+    def _announced(self, rgb: np.ndarray, alpha: np.ndarray | None) -> images.Picture:
+        """The picture with the bits that are announced."""
+        if (rgb.dtype == np.uint8) != (self.bits <= 8):
+            self._note(f"some pictures have 8 bits, some more; all are taken with {self.bits}")
+        alpha = None if alpha is None else colors.with_bits(alpha, self.bits)
+        return colors.with_bits(rgb, self.bits), alpha
 
     def close(self) -> None:
         """Close what is open."""
@@ -112,6 +121,7 @@ class VideoReader(_Reader):
         notes: lines the user should see.
         damaged: frames so far that were damaged or missing.
         truncated: after iterating, why frames are missing or damaged; None if all is well.
+        timeline: where the file's times begin anew; those of frames go on there.
 
     Raises:
         MediaError: the file is missing, unreadable, not a video, or has no frame in the range.
@@ -130,6 +140,13 @@ class VideoReader(_Reader):
         self._wanted, self._limits = stream, limits
         self.notes, self.truncated = [], None
         self._open()
+        self.timeline = Timeline(self._container)
+        if joints := self.timeline.joints:
+            self._note(
+                f"times begin anew at {joints} place{'s' * (joints > 1)}, as of joined recordings;"
+                " what follows is moved, sound and picture by the same amount"
+            )
+        self._reopen()
         try:
             self._frames = self._in_range()
             first = next(self._frames, None)
@@ -160,6 +177,10 @@ class VideoReader(_Reader):
             ticks = Fraction(self._container.start_time or 0, av.time_base) // self.time_base
             self._origin = ticks * self.time_base
         self.stop = None if self.end is None else _exact(self.end) + self._origin
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._open()
 
     def _choose_stream(self) -> av.VideoStream:
         streams, wanted = self._container.streams, self._wanted
@@ -193,8 +214,10 @@ class VideoReader(_Reader):
 
     @property
     def _end(self) -> float | None:
-        """When the video ends, in seconds, according to the headers; None if they do not say."""
+        """When the video ends, in seconds, as far as the file says; None if they do not say."""
         stream, container = self._stream, self._container
+        if self.timeline.joints:  # headers are those of one recording
+            return float(self.timeline.ends[stream.index])
         if stream.duration:
             return float(((stream.start_time or 0) + stream.duration) * self.time_base)
         if clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
@@ -263,21 +286,20 @@ class VideoReader(_Reader):
 
     def seek(self, pts: int | None) -> None:
         """Iterate from the frame with this time on; None: from the first frame of the range."""
-        self._container.close()
-        self._open()
+        self._reopen()
         self._frames = self._in_range(None if pts is None else pts * self.time_base)
 
     def _in_range(self, begin: Fraction | None = None) -> Iterator[Timed]:
         frames = self._progressive()
         start = self._origin + _exact(self.start or 0) if begin is None else begin
-        if (self.start or begin is not None) and self._container.format.name not in _CHAINED:
+        seekable = self._container.format.name not in _CHAINED and not self.timeline.joints
+        if (self.start or begin is not None) and seekable:
             with suppress(FFmpegError):
                 # one second early, because seeking goes by decoding time, which B frames shift
                 self._container.seek(int((start - 1) / self.time_base), stream=self._stream)
             first = next(frames, None)
             if first is None or first.pts * self.time_base > start:  # failed or overshot
-                self._container.close()
-                self._open()
+                self._reopen()
                 frames = self._progressive()
             else:
                 frames = itertools.chain([first], frames)
@@ -307,7 +329,7 @@ class VideoReader(_Reader):
 
     def _decoded(self) -> Iterator[Timed]:
         """All frames from here on, with increasing timestamps; damage is counted and skipped."""
-        packets = self._container.demux(self._stream)
+        packets = self.timeline.along(self._container.demux(self._stream))
         last, lasts, stopped = None, 0, None
         while True:
             try:
@@ -356,7 +378,7 @@ class VideoReader(_Reader):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
-            rgb, alpha = colors.to_rgb(frame, self.color), colors.alpha_of(frame)
+            rgb, alpha = self._announced(colors.to_rgb(frame, self.color), colors.alpha_of(frame))
             times = picture.pts, self.time_base, picture.duration
             yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
@@ -464,10 +486,11 @@ class ImageFolderReader(_Reader):
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         self.width, self.height = _picture_size(self.files[0], limits)
-        with explained(self.files[0], "read the picture"):
-            self.bits = images.picture_bits(self.files[0])
-        for file in self.files[1:]:  # now rather than after hours of work
+        self.bits = 8
+        for file in self.files:  # now rather than after hours of work
             size = _picture_size(file, limits)
+            with explained(file, "read the picture"):
+                self.bits = max(self.bits, images.picture_bits(file))
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
@@ -481,8 +504,9 @@ class ImageFolderReader(_Reader):
     def __iter__(self) -> Iterator[Frame]:
         for index, file in enumerate(self.files[self._first :], self._first):
             with explained(file, "read the picture"):
-                rgb, alpha = images.read_picture(file)
-            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha)
+                rgb, alpha, tags = images.read_picture(file, self._note)
+            rgb, alpha = self._announced(rgb, alpha)
+            yield Frame(rgb, index, self.time_base, 1, file.stem, alpha, tags=tags)
 
 
 class AnimationReader(_Reader):

@@ -58,7 +58,7 @@ from .video import ImageFolderWriter, VideoWriter, _Writer
 FORMAT = 2
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
 PICTURES = 8  # the same for PNG files, which cost nothing to part
-OURS = 1  # raised when the same input and weights begin to give other frames
+OURS = 2  # raised when the same input and weights begin to give other frames
 SAMPLES, SAMPLE = 64, 1 << 16  # how much of the input is hashed: 4 MiB, evenly spread
 # what a system says of a lock that another process holds; Windows has words of its own
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK)

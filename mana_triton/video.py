@@ -300,7 +300,7 @@ class ImageFolderWriter(_Writer):
         name = frame.name or f"{self._count:08d}"
         self._count += 1
         with explained(self.path, "write"):
-            images.write_picture(self._part / f"{name}.png", rgb, alpha)
+            images.write_picture(self._part / f"{name}.png", rgb, alpha, frame.tags)
         return self._part / f"{name}.png"
 
     def _enlarged(self, alpha: np.ndarray) -> np.ndarray | None:

@@ -183,10 +183,10 @@ def _fail(order: dict, watched: str) -> list[int]:
 
         write = images.write_picture
 
-        def fail_picture(file, rgb, alpha=None):
+        def fail_picture(*picture):
             if next(calls) == order["encode"]:
                 raise OSError(errno.EIO, "Input/output error")
-            write(file, rgb, alpha)
+            write(*picture)
 
         VideoEncoder.encode, images.write_picture = fail, fail_picture
     return count

@@ -1,11 +1,11 @@
 """Feed damaged files to the readers, writers and the checkpoint loader, in a process of its own.
 
-    python tests/fuzz.py FOLDER FIRST LAST
+    python tests/fuzz.py FOLDER FIRST LAST [CASE...]
 
-FOLDER holds intact files. Case n damages file n % count by seed n. Before each case its number is
-printed, and after it "bad <traceback>" unless it ended well or with the one error that the API
-promises. The caller watches for crashes and for silence. The address space is limited to what is
-in use at the beginning and 1 GiB.
+FOLDER holds intact files. Case n damages file n % count by seed n. "ready" is printed when all is
+loaded, before each case its number, and after it "bad <traceback>" unless it ended well or with the
+one error that the API promises. The caller watches for crashes and for silence. The address space
+is limited to what is in use at the beginning and 1 GiB.
 """
 
 import resource
@@ -88,7 +88,9 @@ def main() -> None:
         folder = Path(name)
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for case in range(int(sys.argv[2]), int(sys.argv[3])):
+        print("ready", flush=True)
+        first, last, *others = map(int, sys.argv[2:])
+        for case in (*range(first, last), *others):
             print(case, flush=True)
             file = files[case % len(files)]
             source = folder / "in" / f"in{file.suffix}"

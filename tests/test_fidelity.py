@@ -1,6 +1,8 @@
 """What players see: streams, depth, HDR, fields and transparency, checked by ffmpeg and ffprobe."""
 
+import shutil
 import socket
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +11,7 @@ import av
 import media
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from test_video import DEMO, FAST, LOSSLESS, PICTURES, convert, hashes, read_all, read_subtitles
 
 from mana_triton import images
@@ -403,6 +405,40 @@ def test_a_change_of_size_is_scaled(tmp_path):
     assert len(media.frame_times(tmp_path / "out.mp4")) == len(media.frame_times(joined)) > 18
 
 
+@pytest.mark.parametrize("first", [8, 10])
+def test_a_change_of_bits_is_evened_out(first, tmp_path):
+    """uint8 and uint16 frames in one window would end the work, or darken it 257 times."""
+    data, forms = b"", {8: "yuv420p", 10: "yuv420p10le"}
+    for bits in (first, 18 - first):
+        media.ffmpeg(
+            *("-f", "lavfi", "-i", "testsrc2=s=64x48:d=0.4", "-pix_fmt", forms[bits]),
+            *("-c:v", "libx264", "-qp", 1, tmp_path / "part.ts"),
+        )
+        data += (tmp_path / "part.ts").read_bytes()
+    (tmp_path / "in.ts").write_bytes(data)
+    with open_reader(tmp_path / "in.ts") as reader:
+        frames = list(reader)
+        assert f"some pictures have 8 bits, some more; all are taken with {first}" in reader.notes
+    assert {frame.rgb.dtype.name for frame in frames} == {"uint8" if first == 8 else "uint16"}
+    assert len(frames) == 20
+    step = 1 if first == 8 else 257
+    for one, other in zip(frames[:10], frames[10:], strict=True):
+        assert np.abs(one.rgb.astype(int) - other.rgb).mean() < 2 * step
+
+
+def test_a_folder_of_8_and_16_bits_has_16(tmp_path):
+    """Whichever comes first; the values of 8 bits come back when they are divided."""
+    (tmp_path / "in").mkdir()
+    images.write_picture(tmp_path / "in" / "1.png", PICTURES[0], PICTURES[0][..., 0])
+    images.write_picture(tmp_path / "in" / "2.png", PICTURES[1].astype(np.uint16) * 256 + 7)
+    with open_reader(tmp_path / "in") as reader:
+        first, second = reader
+        assert (reader.bits, len(reader.notes)) == (16, 1)
+    assert np.array_equal(first.rgb, PICTURES[0].astype(np.uint16) * 257)
+    assert np.array_equal(cast(Any, first.alpha), PICTURES[0][..., 0].astype(np.uint16) * 257)
+    assert np.array_equal(second.rgb, PICTURES[1].astype(np.uint16) * 256 + 7)
+
+
 # pictures
 
 
@@ -432,6 +468,78 @@ def test_sixteen_bit_pictures_with_transparency(suffix, tmp_path):
     assert np.abs(middle - alpha[2:-2, 2:-2]).max() <= 1
     [stream] = media.ffprobe(tmp_path / "out" / "1.png")
     assert stream["pix_fmt"] == "rgba64be"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "uint8"), ("a.png", "uint16"), ("a.jpg", "uint8"),
+    ("a.webp", "uint8"), ("a.tif", "uint8")],
+)  # fmt: skip
+def test_profile_and_tags_of_pictures_are_kept(name, kind, tmp_path):
+    """All but what was true of the file alone; a turned picture is not turned twice."""
+    (tmp_path / "in").mkdir()
+    source, profile = (
+        tmp_path / "in" / name,
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+    )
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0100] = 6, "Maker", 48  # turned; camera; width
+    exif[0x8769] = {0x9003: "2026:01:02 03:04:05", 0xA002: 48}  # taken; width
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}  # place
+    exif.load(exif.tobytes())
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6" a="b"/></x:xmpmeta>'
+    more: dict[str, Any] = {"icc_profile": profile.tobytes(), "exif": exif, "xmp": xmp}
+    if name == "a.png":
+        tags = {"color profile": profile.tobytes(), "EXIF": exif.tobytes()[6:], "XMP": xmp}
+        scale = 257 if kind == "uint16" else 1
+        images.write_picture(source, PICTURES[0].astype(kind) * scale, tags=tags)
+    else:
+        if name == "a.tif":
+            exif[700] = xmp
+        Image.fromarray(PICTURES[0]).save(source, **more)
+    reader, _ = convert(tmp_path / "in", tmp_path / "out")
+    assert (reader.notes, reader.width, reader.height) == ([], 32, 48)
+    [picture] = read_all(tmp_path / "out")
+    turned = np.rot90(PICTURES[0], -1).astype(kind) * (257 if kind == "uint16" else 1)
+    error = np.abs(picture.rgb[::4, ::4] - turned.astype(int)).max()
+    assert error <= (0 if name in ("a.png", "a.tif") else 20)  # of a lossy format
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.size == (128, 192)
+        assert image.info["icc_profile"] == profile.tobytes()
+        kept = image.getexif()
+        assert kept.pop(0x0112, 1) == 1
+        assert dict(kept) | {0x8769: 0, 0x8825: 0} == {0x010F: "Maker", 0x8769: 0, 0x8825: 0}
+        assert kept.get_ifd(0x8769) == {0x9003: "2026:01:02 03:04:05"}
+        assert kept.get_ifd(0x8825)[2] == (1.0, 2.0, 3.0)
+        untold = b"" if name == "a.tif" else b'tiff:Orientation="1"'
+        assert image.info["xmp"] == xmp.replace(b'tiff:Orientation="6"', untold)
+    if shutil.which("ffprobe"):
+        assert media.ffprobe(tmp_path / "out" / "a.png")[0]["width"] == 128
+    _, writer = convert(tmp_path / "in", tmp_path / "out.mkv")
+    left_out = [note.split(" of ")[0] for note in writer.notes if "of pictures" in note]
+    assert left_out == ["color profile", "EXIF", "XMP"]
+
+
+def test_tags_that_do_not_fit_are_left_out_aloud(tmp_path, monkeypatch):
+    """A profile of inks does not describe RGB; damaged EXIF does not spoil the picture."""
+    (tmp_path / "in").mkdir()
+    inks = bytes(16) + b"CMYK" + bytes(16) + b"acsp" + bytes(88)
+    Image.fromarray(PICTURES[0]).convert("CMYK").save(tmp_path / "in" / "a.jpg", icc_profile=inks)
+    with open_reader(tmp_path / "in") as reader:
+        assert [dict(frame.tags) for frame in reader] == [{}]
+        assert reader.notes == ["a color profile is left out: it is damaged, or not one of RGB"]
+    (tmp_path / "in" / "a.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    tags = {"EXIF": exif.tobytes()[6:]}
+    images.write_picture(tmp_path / "in" / "a.png", PICTURES[0], tags=tags)
+
+    def fail(*_: object) -> bytes:  # as Pillow does for some of the values that damage makes
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    with open_reader(tmp_path / "in") as reader:
+        assert [np.array_equal(frame.rgb, PICTURES[0]) for frame in reader] == [True]
+        assert reader.notes == ["EXIF is damaged and left out"]
 
 
 def test_transparency_of_a_video_is_dropped_aloud(tmp_path):

@@ -71,11 +71,11 @@ def intact(tmp_path_factory) -> Path:
     return folder
 
 
-def run(intact: Path, first: int, last: int, script: Path = SCRIPT) -> list[str]:
-    """Run the cases; returns what went wrong."""
+def run(intact: Path, first: int, last: int, *others: int, script: Path = SCRIPT) -> list[str]:
+    """Run the cases, `others` after the rest; returns what went wrong."""
     wrong = []
     while first < last:
-        command = [sys.executable, script, intact, str(first), str(last)]
+        command = [sys.executable, script, intact, *map(str, (first, last, *others))]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as child:
@@ -93,9 +93,10 @@ def _follow(child: subprocess.Popen, wrong: list[str], case: int) -> tuple[int, 
     reading = threading.Thread(target=_collect, args=(child.stdout, lines), daemon=True)
     reading.start()
     spent = before = 0.0  # seconds of processor time, at the last word and at the last look
+    wait = None  # until all is loaded
     while True:
         try:
-            line = lines.get(timeout=SILENCE)
+            line = lines.get(timeout=wait)
         except queue.Empty:
             if not _hangs(child.pid, spent, before):
                 before = _state(child.pid)[0]
@@ -103,12 +104,12 @@ def _follow(child: subprocess.Popen, wrong: list[str], case: int) -> tuple[int, 
             child.kill()
             reading.join()
             return case, "hangs"
-        spent = before = _state(child.pid)[0]
+        wait, spent = SILENCE, (before := _state(child.pid)[0])
         if line.startswith("bad "):
             wrong.append(f"case {case}: {line}")
-        elif line:
+        elif line.isdecimal():
             case = int(line)
-        else:
+        elif not line:
             reading.join()
             return case, f"exit code {child.returncode}" if child.wait() else ""
 
@@ -166,12 +167,8 @@ def test_damage_is_repeatable_and_damages():
 
 
 def test_a_few_damaged_files(intact):
-    assert run(intact, 0, 420) == []
-
-
-def test_a_picture_that_announces_gigabytes(intact):
-    """A PNG file whose last block of pixels has a length near 2^32, which Pillow reserved."""
-    assert run(intact, 7054, 7055) == []
+    """The last is a PNG file whose last block has a length near 2^32, which Pillow reserved."""
+    assert run(intact, 0, 420, 7054) == []
 
 
 def test_more_than_a_file_has_is_not_reserved(tmp_path):
@@ -205,10 +202,12 @@ def test_thousands_of_damaged_files(intact):
 def test_the_harness_sees_failures(what, found, intact, tmp_path, monkeypatch):
     """A case that crashes, hangs, raises or takes memory must not pass for a good one."""
     text = SCRIPT.read_text().replace("    if source.suffix in WEIGHTS:", f"    {what}\n    if 0:")
-    text = text.replace("Path(__file__).parents[1]", f"Path({str(SCRIPT.parents[1])!r})")
+    # what fails before it reads a file does not need the package
+    text = re.sub(r"(?m)^(import torch|from mana_triton.*|    torch.*)$", "", text)
+    text = text.replace("(MediaError, CheckpointError)", "ZeroDivisionError")
     (tmp_path / "fuzz.py").write_text(text)
-    monkeypatch.setattr("test_fuzz.SILENCE", 20)
-    [wrong] = run(intact, 0, 1, tmp_path / "fuzz.py")
+    monkeypatch.setattr("test_fuzz.SILENCE", 3)
+    [wrong] = run(intact, 0, 1, script=tmp_path / "fuzz.py")
     assert found in wrong
     kind = {"exit code -11": "| 1 | 1 | 0 | 0 |", "hangs": "| 1 | 0 | 1 | 0 |"}
     assert f"| gif {kind.get(found, '| 1 | 0 | 0 | 1 |')}" in summary(intact, range(1), [wrong])

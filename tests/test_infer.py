@@ -558,11 +558,22 @@ def test_a_folder_of_videos_to_another_folder(cli, tmp_path):
 
 
 def test_two_videos_of_a_folder_may_not_become_one(cli, tmp_path):
-    for name in ("a.avi", "a.flv", "b.mp4"):
-        (tmp_path / name).write_bytes(b"")
-    code, _, stderr = cli(tmp_path)
+    """They fail, the rest is done; nor may their previews, whose names end alike."""
+    for name in ("a.avi", "a.mkv", "a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 2)
+    code, summary, stderr = cli(tmp_path, *FAST)
     assert code == 1
-    assert "a.avi and a.flv would both become a_x4.mkv; rename one of them" in stderr
+    assert summary["failed"] == [str(tmp_path / name) for name in ("a.avi", "a.mkv")]
+    assert [Path(done["output"]).name for done in summary["files"]] == ["a_x4.mp4", "b_x4.mp4"]
+    assert errors(stderr) == [
+        f"error: {tmp_path / 'a.avi'}: would become a_x4.mkv, as would a.mkv; rename one of them",
+        f"error: {tmp_path / 'a.mkv'}: would become a_x4.mkv, as would a.avi; rename one of them",
+    ]
+    assert not (tmp_path / "a_x4.mkv").exists()
+    code, summary, stderr = cli(tmp_path, "--preview", "0")
+    assert (code, len(summary["failed"])) == (1, 3)
+    assert "would become a_x4_preview_0.png, as would a.mkv, a.mp4; rename" in stderr
+    assert [path.name for path in tmp_path.glob("*.png")] == ["b_x4_preview_0.png"]
 
 
 def test_a_folder_of_videos_skips_what_is_done(cli, tmp_path):

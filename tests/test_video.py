@@ -229,6 +229,56 @@ def test_wrong_timestamps_are_corrected(tmp_path):
     assert any("ran backwards" in note for note in reader.notes)
 
 
+@pytest.mark.parametrize(("suffix", "counts"), [(".ts", (40, 30, 32)), (".mkv", (40, 30))])
+def test_joined_recordings_follow_each_other(suffix, counts, tmp_path):
+    """Times that begin anew gave 30 frames in half a millisecond, and ended the copying."""
+    parts = [tmp_path / f"{count}{suffix}" for count in counts]
+    for part, count in zip(parts, counts, strict=True):
+        media.write_video(part, PICTURES[:count], audio=True, color=(1, 1, 1, 1))
+    source, out = tmp_path / f"joined{suffix}", tmp_path / f"out{suffix}"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    reader, writer = convert(source, out)
+    assert (len(reader.notes), writer.notes, reader.truncated) == (1, [], None)
+    places = "2 places" if len(parts) == 3 else "1 place"
+    assert f"times begin anew at {places}, as of joined recordings; what" in reader.notes[0]
+    assert hashes(out) == [digest for part in parts for digest in hashes(part)]
+    frames: Any = np.array(media.frame_times(out))
+    sounds: Any = np.array([time for time, _ in media.packets(out, "audio")])
+    for part in parts:
+        times, heard = media.frame_times(part), [time for time, _ in media.packets(part, "audio")]
+        now, later = np.split(frames, [len(times)]), np.split(sounds, [len(heard)])
+        moved = {new - old for new, old in zip(now[0], times, strict=True)}
+        moved |= {new - old for new, old in zip(later[0], heard, strict=True)}
+        assert max(moved) - min(moved) <= Fraction(1, 1000)
+        for before, (*_, last) in ((now[1], now[0]), (later[1], later[0])):
+            assert not len(before) or 0 < before[0] - last < Fraction(1, 10)
+        frames, sounds = now[1], later[1]
+    assert len(frames) == len(sounds) == 0
+    with open_reader(source) as reader:
+        wanted = [
+            frame.pts for frame in reader
+            if 19 <= 10 * (frame.pts * frame.time_base - reader.offset) < 24
+        ]  # fmt: skip
+    assert [frame.pts for frame in read_all(source, 1.9, 2.4)] == wanted
+    assert len(wanted) >= 10
+
+
+def test_a_stream_that_jumps_alone_moves_nothing_else(tmp_path):
+    """Sound that begins anew while the picture goes on; the copying ended there."""
+    first = media.write_video(tmp_path / "a.ts", PICTURES, audio=True).read_bytes()
+    later = media.write_video(tmp_path / "b.ts", PICTURES, pts=range(144000, 288000, 3600))
+    source = tmp_path / "joined.ts"
+    packets = [first[i : i + 188] for i in range(0, len(first), 188)]
+    again = [packet for packet in packets if packet[1] & 31 == 1 and packet[2] == 1]  # of 0x101
+    source.write_bytes(first + later.read_bytes() + b"".join(again))
+    reader, writer = convert(source, tmp_path / "out.ts")
+    assert "times of stream 1 that ran backwards were corrected" in writer.notes
+    assert not any("anew" in note for note in reader.notes)
+    assert hashes(tmp_path / "out.ts") == 2 * hashes(tmp_path / "a.ts")
+    before, after = (media.frame_times(path) for path in (source, tmp_path / "out.ts"))
+    assert len({new - old for new, old in zip(after, before, strict=True)}) == 1
+
+
 def test_broadcast_start_time_is_removed(tmp_path):
     """A recording that starts at 10 s in its stream clock must not begin with 10 s of nothing."""
     pts = [900000 + 3600 * i for i in range(40)]
