@@ -286,7 +286,8 @@ def model_row(
 def latency(model: MANA, pictures: np.ndarray) -> dict[str, float]:
     """Milliseconds from a picture in memory to the enlarged one: median, percentiles."""
     frames, t = torch.from_numpy(pictures), model.config.frames
-    batches = Batches(model, *pictures.shape[1:3], frames.dtype, 1)
+    height, width = pictures.shape[1:3]
+    batches = Batches(model, height, width, frames.dtype, 1)
     times = []
     for n in range(TRIES):
         began = time.perf_counter()

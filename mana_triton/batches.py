@@ -31,7 +31,7 @@ class Graph:
     their values. It must not wait for the GPU.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device):
+    def __init__(self, function: Callable[[], object], device: torch.device):
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
 
