@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
-from mana_triton.kernels import cross_frame, tuning  # noqa: E402
+from mana_triton.kernels import cross_frame, projection, tuning  # noqa: E402
 from mana_triton.kernels.compiled import Compiled, compile_job, jobs  # noqa: E402
 from mana_triton.kernels.tune import Request, compile_all, compile_pool  # noqa: E402
 
@@ -139,6 +139,26 @@ def test_what_runs_before_compiles(arch):
         result = compile_job(job, config, arch)
         assert isinstance(result, Compiled), f"{name}: {result}"
         assert result.spills == 0 or arch in AMD, name
+
+
+@pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
+)
+@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
+def test_projections_compile(arch):
+    """In the registers and in the shared memory there are, on matrix units."""
+    matrix = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma"}.get(arch, "mfma")
+    for d, dtype in [*DEFAULTS, (128, torch.float32)]:
+        config = projection.launch_config(d, dtype, amd=arch in AMD)
+        for name, job in projection.compile_jobs(2 * d, d, dtype, config).items():
+            result = compile_job(job, {**config, "BLOCK_N": d}, arch)
+            where = f"{name} {arch} D={d} {tuning.dtype_name(dtype)}"
+            assert isinstance(result, Compiled), f"{where}: {result}"
+            assert not result.flaws(arch), f"{where}: {result.flaws(arch)}"
+            if name == "projection":
+                # float32 takes three products of the smaller, older instructions
+                expected = "mma" if (arch, dtype) == ("sm_90", torch.float32) else matrix
+                assert result.matrix == expected, where
 
 
 def test_warp_specialization_is_the_default_where_there_is_any():
