@@ -88,14 +88,14 @@ def _project_kernel(
     rows = (frame * J * D + d)[None, :] * C
     accs = ()  # J of [M, D]
     for _ in tl.static_range(J):
-        accs = (*accs, tl.zeros([BLOCK_M, D], tl.float32))
+        accs += (tl.zeros([BLOCK_M, D], tl.float32),)
     for start in tl.range(0, C, BLOCK_K):
         channels = start + k
         f = tl.load(f_ptr + pixel * C + channels[None, :], mask=inside, other=0.0)  # [M, K]
         sums = ()
         for j in tl.static_range(J):
             w = tl.load(folded_ptr + rows + j * D * C + channels[:, None])  # [K, D]
-            sums = (*sums, tl.dot(f, w, accs[j], input_precision=PRECISION))
+            sums += (tl.dot(f, w, accs[j], input_precision=PRECISION),)
         accs = sums
     for j in tl.static_range(J):
         acc = accs[j] + tl.load(offset_ptr + (frame * J + j) * D + d)[None, :]

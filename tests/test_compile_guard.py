@@ -141,14 +141,9 @@ def test_what_runs_before_compiles(arch):
         assert result.spills == 0 or arch in AMD, name
 
 
-@pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
-)
-@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
-def test_projections_compile(arch):
-    """In the registers and in the shared memory there are, on matrix units."""
-    matrix = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma"}.get(arch, "mfma")
-    for d, dtype in [*DEFAULTS, (128, torch.float32)]:
+def check_projections(arch: str, types: list[tuple[int, torch.dtype]]) -> None:
+    """They fit into the registers and the shared memory, and take the best matrix units."""
+    for d, dtype in types:
         config = projection.launch_config(d, dtype, amd=arch in AMD)
         for name, job in projection.compile_jobs(2 * d, d, dtype, config).items():
             result = compile_job(job, {**config, "BLOCK_N": d}, arch)
@@ -156,9 +151,25 @@ def test_projections_compile(arch):
             assert isinstance(result, Compiled), f"{where}: {result}"
             assert not result.flaws(arch), f"{where}: {result.flaws(arch)}"
             if name == "projection":
-                # float32 takes three products of the smaller, older instructions
-                expected = "mma" if (arch, dtype) == ("sm_90", torch.float32) else matrix
+                # wgmma takes no three products for one of float32
+                wide = arch == "sm_90" and dtype != torch.float32
+                expected = "mfma" if arch in AMD else "wgmma" if wide else "mma"
                 assert result.matrix == expected, where
+
+
+@pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
+)
+@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
+def test_projections_compile(arch):
+    types = [(64, BF16)] if arch in AMD else [*DEFAULTS, (128, torch.float32)]
+    check_projections(arch, types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_float16_projections_compile(arch):
+    check_projections(arch, OTHERS)
 
 
 def test_warp_specialization_is_the_default_where_there_is_any():
