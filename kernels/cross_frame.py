@@ -905,7 +905,7 @@ def attend_tiles(
     tolerance: float,
     radius: int | None = None,
 ) -> Result:
-    """`forward` of tiles, such as `projection.project` writes and a stream keeps.
+    """`forward` of tiles, such as `projection.project` writes and a stream keeps; no gradient.
 
     Nothing is copied from the host and nothing waits for the device: a CUDA graph may hold it.
 
@@ -922,7 +922,9 @@ def attend_tiles(
     frames = _Frames(*k.shape[:2], k.shape[-1], rows, height, width, first_row)
     c = _steepness(sigma)
     if frames.D not in HEADS:
-        raise ValueError(f"D must be one of {', '.join(map(str, HEADS))}, got {frames.D}")
+        raise ValueError(
+            f"D must be one of {', '.join(map(str, HEADS))}, got {frames.D}; use backend 'tiled'"
+        )
     keys = [frames.B, frames.T, frames.k_pixels, frames.D]
     for name, x, shape in (
         ("q", q, [frames.B, frames.q_pixels, frames.D]),

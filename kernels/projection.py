@@ -6,10 +6,10 @@
 A second form normalizes: y_j / max(|y_j|, 1e-12). Either is then multiplied by a factor.
 
 Why the weights take the norm: they are J D C numbers of a frame, the features H W C, so nothing is
-left to do for a pixel. It also rounds least. W_j a is formed in float32 and rounded once, and b'_j
-not at all; normalized features would be rounded beside the rounded weights. A relative error u of
-W_j a costs u sum_c |W_jc a_c f_c|: what the encoder's own rounding of f costs already, whichever
-side the norm is on. It is of the order of y's own rounding unless a group's mean is far
+left to do for a pixel. And it rounds once: W_j a is formed in float32, and b'_j stays there, where
+normalized features would be rounded beside the rounded weights. A relative error u of W_j a costs
+up to u sum_c |W_jc a_c f_c|, as much as the encoder's own rounding of f has cost already, on
+whichever side the norm is. It is of the order of y's own rounding unless a group's mean is far
 larger than its deviation.
 
 One program owns a block of pixels and reads its features once, for all projections.
@@ -130,6 +130,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """GroupNorm as a scale and a shift of every channel: GroupNorm(f) = scale f + shift.
 
+    Computed in float32, of which half precision is copied.
+
     Args:
         f: [N, C, H, W] features of whole frames.
         groups, eps: as of nn.GroupNorm.
@@ -157,6 +159,7 @@ def project(
     """Project features to queries, keys, values, as the tiles that `attend_tiles` reads.
 
     Nothing is copied from the host and nothing waits for the device: a CUDA graph may hold it.
+    There is no gradient.
 
     Args:
         f: [N, C, H, W] encoder features, channels_last in memory (another order is copied);
@@ -173,7 +176,7 @@ def project(
         Of each projection [N, pixels, D] in the type of f: tiles, zero beyond the frame.
 
     Raises:
-        ValueError: for sizes or types other than these.
+        ValueError: for sizes or types other than these, and where a gradient is expected.
     """
     _check(f, norm, weights, biases, normalize, factors)
     f = rearrange(f, "n c h w -> n h w c").contiguous()
@@ -207,6 +210,12 @@ def _check(
     normalize: Sequence[bool],
     factors: Sequence[Tensor | None],
 ) -> None:
+    tensors = f, *norm, *weights, *biases, *factors
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            "project must be called without gradients, got a tensor that requires one; "
+            "use torch.no_grad() or the modules of the network"
+        )
     n, c = f.shape[:2]
     if f.dtype not in DTYPES:
         raise ValueError(f"f must be float16, bfloat16 or float32, got {f.dtype}; convert it")

@@ -99,12 +99,11 @@ def factor(value: float) -> Tensor:
 def definition(case: Case, normalize, factors, dtype) -> list[Tensor]:
     """The rows [N, H, W, D] of every projection, each step rounded to `dtype`."""
     wide = torch.promote_types(dtype, F32)
-    scale, shift = (x.to(wide)[:, :, None, None] for x in case.norm)
-    normed = (case.f.to(wide) * scale + shift).to(dtype)
+    scale, shift = (x.to(wide)[:, None, None] for x in case.norm)
+    normed = (rearrange(case.f.to(wide), "n c h w -> n h w c") * scale + shift).to(dtype)
     rows = []
     for w, b, unit, by in zip(case.weights, case.biases, normalize, factors, strict=True):
-        y = rearrange(F.conv2d(normed, w.to(dtype)[..., None, None], b.to(dtype)),
-                      "n d h w -> n h w d")  # fmt: skip
+        y = F.linear(normed, w.to(dtype), b.to(dtype))
         y = F.normalize(y, dim=-1) if unit else y
         rows.append(y if by is None else (y.to(wide) * by.to(wide)).to(dtype))
     return rows
@@ -324,7 +323,7 @@ def test_a_cuda_graph_replays():
 
 
 def test_far_addresses():
-    """Two frames whose elements lie more than 2^31 apart, as at 2160 x 3840 with C = 256."""
+    """Two frames whose elements lie more than 2^31 apart, as in a batch of large ones."""
     torch.use_deterministic_algorithms(False)  # else all would be filled; hardly any is touched
     C, D, rows = 64, 32, (1 << 21) + 8
     case = draw((2, 8, 16, C, D), F16, 1)
@@ -346,6 +345,10 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "float64": ({"f": torch.zeros(1, 32, 2, 3).double()}, "f must be float16, bfloat16 or float32"),
     "channels": ({"f": torch.zeros(1, 24, 2, 3)}, "C one of 32, 64, 128, 256"),
     "no-pixels": ({"f": torch.zeros(1, 32, 0, 3)}, "not empty"),
+    "gradient": (
+        {"biases": [torch.ones(16, requires_grad=True)]},
+        "must be called without gradients",
+    ),
     "norm": ({"norm": (torch.ones(32), torch.ones(32))}, r"norm must be \[1, 32\], got \[32\]"),
     "half-norm": ({"norm": (torch.ones(1, 32).half(),) * 2}, "norm must be torch.float32"),
     "none": ({"weights": []}, "1 to 3, got 0, 1, 1, 1"),
