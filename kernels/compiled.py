@@ -66,11 +66,21 @@ def compile_job(job: tuple, config: dict, arch: str) -> Compiled | str:
     """Compile for an architecture of tuning.ARCHITECTURES; a string says why it failed."""
     function, signature, constexprs, divisible = job
     names = list(function.arg_names)
+    # an argument that is a tuple has a path for every element
+    paths = [
+        (names.index(name), *element)
+        for name in divisible
+        for element in (
+            [(i,) for i in range(len(signature[name]))]
+            if isinstance(signature[name], tuple)
+            else [()]
+        )
+    ]
     source = ASTSource(
         fn=function,
         signature={name: signature.get(name, "constexpr") for name in names},
         constexprs={name: value for name, value in constexprs.items() if name in names},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},  # pyright: ignore[reportArgumentType]
+        attrs={path: [["tt.divisibility", 16]] for path in paths},  # pyright: ignore[reportArgumentType]
     )
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch[3:]), 32)

@@ -883,25 +883,82 @@ def forward(
         tolerance: eta of the certificate; 0 visits every pair.
         radius: visit the tiles of keys within this many pixels of a query tile instead.
     """
-    frames, c = _Frames.of(q, k, first_row), _steepness(sigma)
-    q, k, v = to_tiles(_scaled(q, scale)), to_tiles(k), to_tiles(v)
-    halo = plan(q, k, c, frames, tolerance, radius)
+    return attend_tiles(
+        to_tiles(_scaled(q, scale)), to_tiles(k), to_tiles(v), sigma,
+        rows=q.shape[1], height=k.shape[2], width=k.shape[3], first_row=first_row,
+        gaussian=gaussian, offsets=offsets, tolerance=tolerance, radius=radius,
+    )  # fmt: skip
+
+
+def attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    *,
+    rows: int,
+    height: int,
+    width: int,
+    first_row: int,
+    gaussian: str,
+    offsets: bool,
+    tolerance: float,
+    radius: int | None = None,
+) -> Result:
+    """`forward` of tiles, such as `projection.project` writes and a stream keeps; no gradient.
+
+    Nothing is copied from the host and nothing waits for the device: a CUDA graph may hold it.
+
+    Args:
+        q: [B, Q, D] queries as tiles of rows first_row .. first_row + rows - 1, times s log2(e).
+        k, v: [B, T, K, D] keys and values as tiles of height x width pixels, of the type of q.
+        sigma: [] width of the Gaussian in pixels.
+        rows, height, width, first_row: sizes in pixels.
+        gaussian, offsets, tolerance, radius: as of `forward`.
+
+    Raises:
+        ValueError: when the tensors are not tiles of these sizes, of one type.
+    """
+    frames = _Frames(*k.shape[:2], k.shape[-1], rows, height, width, first_row)
+    c = _steepness(sigma)
+    if frames.D not in HEADS:
+        raise ValueError(
+            f"D must be one of {', '.join(map(str, HEADS))}, got {frames.D}; use backend 'tiled'"
+        )
+    keys = [frames.B, frames.T, frames.k_pixels, frames.D]
+    for name, x, shape in (
+        ("q", q, [frames.B, frames.q_pixels, frames.D]),
+        ("k", k, keys),
+        ("v", v, keys),
+    ):
+        if list(x.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape}, tiles of {rows} rows of {height} x {width} pixels, "
+                f"got {list(x.shape)}; see tiles.to_tiles"
+            )
+        if x.dtype != q.dtype or x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float16, bfloat16 or float32 like q, got {x.dtype}; convert it"
+            )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     shape = (frames.B, frames.T, frames.rows, frames.width)
     o = v.new_empty(*shape, frames.D)
     displacement = v.new_empty((*shape, 2) if offsets else 0, dtype=torch.float32)
     lse = v.new_empty(shape, dtype=torch.float32)
     config = _chosen("cross_frame_forward", frames, k)
-    tables = _Tables.build(frames, c, k, config)
     if config["WARP_SPECIALIZE"]:
         triton.set_allocator(_workspace)
-    _forward_kernel[(frames.q_pixels // config["BLOCK_M"], frames.T, frames.B)](
-        q, k, v, tables.query, tables.key, c, halo, o, displacement, lse,
-        frames.B, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
-        *tables[2:], **_constants(frames, k, OFFSETS=offsets), **config,
-    )  # fmt: skip
-    if gaussian == "bias":
+    with torch.cuda.device_of(q):
+        halo = plan(q, k, c, frames, tolerance, radius)
+        tables = _Tables.build(frames, c, k, config)
+        _forward_kernel[(frames.q_pixels // config["BLOCK_M"], frames.T, frames.B)](
+            q, k, v, tables.query, tables.key, c, halo, o, displacement, lse,
+            frames.B, frames.T, *frames[3:], frames.tiles_x, frames.q_pixels, frames.k_pixels,
+            *tables[2:], **_constants(frames, k, OFFSETS=offsets), **config,
+        )  # fmt: skip
+        plain = _plain_lse(q, k, frames) if gaussian == "gate" else None
+    if plain is None:
         return Result(o, displacement, lse, halo)
-    plain = _plain_lse(q, k, frames)
     gate = (lse - plain).exp_()[..., None]
     if offsets:
         displacement *= gate

@@ -81,6 +81,13 @@ def load_rows(ptr, first, BLOCK: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def store_rows(ptr, value, first, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Write [BLOCK, C] to rows first .. first + BLOCK - 1 of a [pixels, C] matrix."""
+    offsets = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(ptr + tl.cast(first, tl.int64) * C + offsets, value.to(ptr.dtype.element_ty))
+
+
+@triton.jit
 def store_pixels(ptr, value, frame, y, x, height, width, C: tl.constexpr):
     """Write [BLOCK, C] to pixels (y, x) of frame `frame` (int64) of [frames, height, width, C]."""
     pixel = (frame * height + y) * width + x

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
-from mana_triton.kernels import cross_frame, tuning  # noqa: E402
+from mana_triton.kernels import cross_frame, projection, tuning  # noqa: E402
 from mana_triton.kernels.compiled import Compiled, compile_job, jobs  # noqa: E402
 from mana_triton.kernels.tune import Request, compile_all, compile_pool  # noqa: E402
 
@@ -139,6 +139,37 @@ def test_what_runs_before_compiles(arch):
         result = compile_job(job, config, arch)
         assert isinstance(result, Compiled), f"{name}: {result}"
         assert result.spills == 0 or arch in AMD, name
+
+
+def check_projections(arch: str, types: list[tuple[int, torch.dtype]]) -> None:
+    """They fit into the registers and the shared memory, and take the best matrix units."""
+    for d, dtype in types:
+        config = projection.launch_config(d, dtype, amd=arch in AMD)
+        for name, job in projection.compile_jobs(2 * d, d, dtype, config).items():
+            result = compile_job(job, {**config, "BLOCK_N": d}, arch)
+            where = f"{name} {arch} D={d} {tuning.dtype_name(dtype)}"
+            assert isinstance(result, Compiled), f"{where}: {result}"
+            assert not result.flaws(arch), f"{where}: {result.flaws(arch)}"
+            if name == "projection":
+                # wgmma takes no three products for one of float32
+                wide = arch == "sm_90" and dtype != torch.float32
+                expected = "mfma" if arch in AMD else "wgmma" if wide else "mma"
+                assert result.matrix == expected, where
+
+
+@pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
+)
+@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
+def test_projections_compile(arch):
+    types = [(64, BF16)] if arch in AMD else [*DEFAULTS, (128, torch.float32)]
+    check_projections(arch, types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_float16_projections_compile(arch):
+    check_projections(arch, OTHERS)
 
 
 def test_warp_specialization_is_the_default_where_there_is_any():
