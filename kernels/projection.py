@@ -125,29 +125,6 @@ def launch_config(d: int, dtype: torch.dtype, amd: bool = AMD) -> dict[str, Any]
     return {**blocks, "num_warps": 8, "num_stages": 3 if d <= 64 else 2}
 
 
-def statistics(
-    f: Tensor, groups: int, eps: float, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """GroupNorm as a scale and a shift of every channel: GroupNorm(f) = scale f + shift.
-
-    Computed in float32, of which half precision is copied.
-
-    Args:
-        f: [N, C, H, W] features of whole frames.
-        groups, eps: as of nn.GroupNorm.
-        weight, bias: [C] of nn.GroupNorm.
-
-    Returns:
-        scale and shift, [N, C] float32.
-    """
-    x = rearrange(f.float(), "n (g c) h w -> n g c h w", g=groups)
-    variance, mean = torch.var_mean(x, (2, 3, 4), correction=0)
-    deviation = rearrange((variance + eps).rsqrt(), "n g -> n g 1")
-    scale = rearrange(weight.float(), "(g c) -> g c", g=groups) * deviation
-    shift = rearrange(bias.float(), "(g c) -> g c", g=groups) - mean[..., None] * scale
-    return scale.flatten(1), shift.flatten(1)
-
-
 def project(
     f: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -165,7 +142,7 @@ def project(
         f: [N, C, H, W] encoder features, channels_last in memory (another order is copied);
             float16, bfloat16 or float32, C one of CHANNELS. Rows of a frame are features, too: the
             tiles then begin at the first of them.
-        norm: scale and shift of each frame, [N, C] float32; see `statistics`.
+        norm: scale and shift of each frame, [N, C] float32; see `MANA.normalization`.
         weights: at most MOST of [D, C], D one of HEADS; float32 or the type of f.
         biases: as many of [D].
         normalize: which of them give rows of length 1.

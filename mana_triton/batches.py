@@ -4,21 +4,24 @@ A small frame fills a fraction of a large GPU, and launching its some 400 kernel
 longer than running them. So several frames are encoded together and several windows enlarged
 together, each as one CUDA graph: a fixed sequence of kernels on fixed memory, launched as one.
 
-Features of the last frames lie in rings: frame n in place n modulo their number. What changes from
-batch to batch, the pictures, their places and those of the windows, is written into tensors that
-the graphs read. A batch that is not full repeats its last frame, so that one graph serves all.
+Features of the last frames lie in rings: frame n in place n modulo their number; for the Triton
+backend keys and values as the tiles that it reads, written by the projections themselves. What changes from
+batch to batch, pictures, their places and those of the windows, is written into tensors that the
+graphs read. A batch that is not full repeats its last frame, so that one graph serves all.
 Pictures come and go as integers through pinned memory; a result is copied out by a stream of its
 own, while the next frames are encoded.
 
 On a CPU the same functions run as they are.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from .attention import TOLERANCE
 from .model import MANA, SCALE
 
 WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
@@ -88,17 +91,22 @@ class Batches:
     def __init__(self, model: MANA, height: int, width: int, kind: torch.dtype, batch: int):
         weight = model.conv_first.weight
         c, t, device = model.config.channels, model.config.frames, weight.device
+        self.tiles = model.backend == "triton"
         self.model, self.batch, self.device = model, batch, device
         self.ring = batch + 2 * (t // 2)
         slots = torch.zeros(batch, dtype=torch.long, device=device)
         self._slots, self._windows = slots, slots[:, None].repeat(1, t)
         self._given = torch.zeros(batch, height, width, 3, dtype=kind, device=device)
         self._out = self._given.new_zeros(batch, SCALE * height, SCALE * width, 3)
-        room = {"f": c, "q": c // 2, "k": c // 2, "v": c // 2}
-        self._kept = {
-            name: weight.new_zeros(self.ring, height, width, channels)
-            for name, channels in room.items()
-        }
+        rows = {"f": (height, width, c), "q": (height, width, c // 2)}
+        attended = rows["q"]
+        if self.tiles:
+            from .kernels.tiles import PIXELS, tiles_in
+
+            attended = (math.prod(tiles_in(height, width)) * PIXELS, c // 2)
+            rows["tiles"] = attended  # queries for the attention; q are those for the memory
+        rows |= {"k": attended, "v": attended}
+        self._kept = {name: weight.new_zeros(self.ring, *size) for name, size in rows.items()}
         self._lr = torch.zeros(self.ring, height, width, 3, device=device)
         self._encode = Graph(self._encode_given, device)
         self._enlarge = Graph(self._enlarge_windows, device)
@@ -140,24 +148,60 @@ class Batches:
     def _encode_given(self) -> None:
         lr = self._given.float() / WHITE[self._given.dtype]
         # channels last, as it lies
-        features = self.model.encode(rearrange(lr.to(self._kept["f"].dtype), "n h w c -> n c h w"))
-        rows = features._replace(f=rearrange(features.f, "n c h w -> n h w c"))
-        for name, value in rows._asdict().items():
+        pixels = rearrange(lr.to(self._kept["f"].dtype), "n h w c -> n c h w")
+        rows = self._tiles_of(pixels) if self.tiles else self.model.encode(pixels)._asdict()
+        rows["f"] = rearrange(rows["f"], "n c h w -> n h w c")
+        for name, value in rows.items():
             self._kept[name].index_copy_(0, self._slots, value)
         self._lr.index_copy_(0, self._slots, lr)
+
+    def _tiles_of(self, frames: Tensor) -> dict[str, Tensor]:
+        """What is kept of frames [N, 3, H, W] for the Triton backend."""
+        from .kernels import cross_frame, projection
+
+        model, cosine = self.model, self.model.config.match == "cosine"
+        f = model.extract(frames)
+        norm = model.normalization(f)
+        scale = model.temperature if cosine else model.config.logit_scale
+        if scale is None:
+            scale = (model.config.channels // 2) ** -0.5
+        # written by the device: a copy cannot be part of a graph
+        factor = f.new_ones((), dtype=torch.float32) * (scale * cross_frame.LOG2_E)
+        layers = (model.phi, model.theta, model.g)
+        tiles, k, v = projection.project(
+            f, norm, [x.weight.flatten(1) for x in layers],
+            [x.bias for x in layers],  # pyright: ignore[reportArgumentType]
+            normalize=(cosine, cosine, False), factors=(factor, None, None),
+        )  # fmt: skip
+        return {"f": f, "q": model.queries(f, norm), "tiles": tiles, "k": k, "v": v}
 
     def _enlarge_windows(self) -> None:
         windows = self._windows
         centers = windows[:, windows.shape[1] // 2]
         f, q = self._kept["f"][centers], self._kept["q"][centers]
         k, v = self._kept["k"][windows], self._kept["v"][windows]
-        z = self.model.fuse(rearrange(f, "n h w c -> n c h w"), q, k, v)
+        f = rearrange(f, "n h w c -> n c h w")
+        z = self._attended(f, q, centers, k, v) if self.tiles else self.model.fuse(f, q, k, v)
         lr = rearrange(self._lr[centers], "n h w c -> n c h w")
         large = self.model.decode(z).float() + self.model.skip(lr)
         large = rearrange(large, "n c h w -> n h w c").clamp_(0, 1)
         if (white := WHITE[self._out.dtype]) > 1:
             large = large.mul_(white).round_()
         self._out.copy_(large)
+
+    def _attended(self, f: Tensor, q: Tensor, centers: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`MANA.fuse` with keys and values as tiles."""
+        from .kernels import cross_frame
+
+        model, config = self.model, self.model.config
+        height, width = f.shape[2:]
+        tolerance = TOLERANCE[f.dtype] if model.tolerance is None else model.tolerance
+        x, displacement, *_ = cross_frame.attend_tiles(
+            self._kept["tiles"][centers], k, v, model.sigma,
+            rows=height, height=height, width=width, first_row=0,
+            gaussian=config.gaussian, offsets=config.offsets, tolerance=tolerance,
+        )  # fmt: skip
+        return model.combine(f, q, x, displacement if config.offsets else None)
 
 
 def _put(values: Tensor, target: Tensor) -> None:

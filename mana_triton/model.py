@@ -218,17 +218,25 @@ class MANA(nn.Module):
         Returns:
             q, k, v [N, h, W, D]; keys of length one for cosine matching.
         """
+        q, k, v = self._projected(f, normalization, self.phi, self.theta, self.g)
+        return q, F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
+
+    def queries(self, f: Tensor, normalization: tuple[Tensor, Tensor]) -> Tensor:
+        """The first of what `project` gives."""
+        return self._projected(f, normalization, self.phi)[0]
+
+    def _projected(
+        self, f: Tensor, normalization: tuple[Tensor, Tensor], *layers: nn.Conv2d
+    ) -> tuple[Tensor, ...]:
         scale, shift = normalization
-        layers = (self.phi, self.theta, self.g)
         weight = torch.cat([layer.weight[:, :, 0, 0] for layer in layers]).to(scale.dtype)
         bias = torch.cat([layer.bias for layer in layers])  # pyright: ignore[reportArgumentType]
         bias = torch.addmm(bias.to(scale.dtype), shift, weight.mT)
         folded = (weight * scale[:, None]).mT
         pixels = rearrange(f, "n c h w -> n (h w) c")
-        qkv = torch.baddbmm(bias[:, None].to(f.dtype), pixels, folded.to(f.dtype))
-        qkv = rearrange(qkv, "n (h w) (j d) -> j n h w d", h=f.shape[2], j=len(layers))
-        q, k, v = qkv.unbind()
-        return q, F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
+        projected = torch.baddbmm(bias[:, None].to(f.dtype), pixels, folded.to(f.dtype))
+        pattern = "n (h w) (j d) -> j n h w d"
+        return rearrange(projected, pattern, h=f.shape[2], j=len(layers)).unbind()
 
     def fuse(
         self,
@@ -253,7 +261,7 @@ class MANA(nn.Module):
         """
         config = self.config
         cosine = config.match == "cosine"
-        x = cross_frame_attention(
+        attended = cross_frame_attention(
             F.normalize(q, dim=-1) if cosine else q,
             k,
             v,
@@ -265,13 +273,24 @@ class MANA(nn.Module):
             backend=self.backend,
             first_row=first_row,
         )
-        if config.offsets:
-            x, displacement = x
+        x, displacement = attended if config.offsets else (attended, None)
+        return self.combine(f, q, x, displacement, order)
+
+    def combine(
+        self,
+        f: Tensor,
+        q: Tensor,
+        x: Tensor,
+        displacement: Tensor | None,
+        order: list[int] | None = None,
+    ) -> Tensor:
+        """`fuse` from what the S frames answered: x [B, S, h, W, D] and [B, S, h, W, 2], if any."""
+        if displacement is not None:
             x = torch.cat([x, displacement.to(x.dtype)], -1)
         if order is not None:
             x = x[:, order]
         z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
-        if config.memory_slots:
+        if self.config.memory_slots:
             y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
             z = z + self.w_z1(rearrange(y, "b h w d -> b d h w"))
         return z

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from mana_triton import MANA, MANAConfig
 from mana_triton.kernels import cross_frame, projection, reference, tuning
 from mana_triton.kernels.tiles import TILE, tiles_in, to_tiles
+from mana_triton.stream import Upscaler
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,22 +209,13 @@ def group_norm(C: int, generator: torch.Generator) -> nn.GroupNorm:
 
 
 def statistics(f: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    return projection.statistics(f, norm.num_groups, norm.eps, norm.weight, norm.bias)
-
-
-@TYPES
-@pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_statistics_are_those_of_group_norm(mean, dtype):
-    f = draw((3, 9, 13, 32, 16), dtype, mean=mean, seed=1).f
-    norm = group_norm(32, torch.Generator().manual_seed(1))
-    scale, shift = statistics(f, norm)
-    assert scale.dtype == shift.dtype == F32 and scale.shape == shift.shape == (3, 32)
-    scaled, shift = f.float() * scale[..., None, None], shift[..., None, None]
-    # scaled and shift are as large as the terms that cancel
-    assert_as_accurate(
-        "normalized", scaled + shift, norm(f.float()), norm.double()(f.double()), F32,
-        terms=scaled.double().abs() + shift.abs(),
-    )  # fmt: skip
+    """GroupNorm as a scale and a shift of every channel, as of `MANA.normalization`."""
+    groups = rearrange(f.float(), "n (g c) h w -> n g (c h w)", g=norm.num_groups)
+    each = norm.num_channels // norm.num_groups
+    variance, mean = torch.var_mean(groups, 2, correction=0)
+    deviation = (variance + norm.eps).sqrt().repeat_interleave(each, 1)
+    scale = norm.weight / deviation
+    return scale, norm.bias - mean.repeat_interleave(each, 1) * scale
 
 
 def draw_clip(dtype, seed=0, size=(9, 13)):
@@ -388,3 +381,29 @@ def test_refused_tiles(changes, message):
             **arguments, sigma=torch.tensor(1.0), first_row=0, gaussian="bias", offsets=False,
             tolerance=0,
         )  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_batches.py compares streams on a GPU")
+@pytest.mark.parametrize(
+    "options",
+    [{"match": "cosine", "offsets": True}, {"gaussian": "gate", "memory_slots": 0}],
+    ids=str,
+)
+def test_batches_of_tiles_equal_a_stream_without_triton(options, blocks):
+    """Rings of tiles, projections that write them, attention that reads them: a whole stream."""
+    torch.manual_seed(0)
+    sizes = {"channels": 32, "encoder_blocks": 1, "decoder_blocks": 1, "memory_slots": 8}
+    model = MANA(MANAConfig(**sizes | options))
+    for layer in (model.w_z, model.conv_last):
+        nn.init.normal_(layer.weight, std=0.1)
+    frames = torch.rand(3, 3, 5, 17)
+
+    def enlarged(frames: Tensor, **how: Any) -> Tensor:
+        upscaler = Upscaler(model, device=DEVICE, scene_cuts=False, **how)
+        return torch.stack([torch.as_tensor(x) for x in upscaler.stream(frames)])
+
+    rows = enlarged(frames, backend="tiled", batch=0)
+    frozen = enlarged(frames[:1], backend="tiled", batch=0)
+    assert (frozen[0] - rows[0]).abs().max() > 1e-3, "neighbors must matter here"
+    tiles = enlarged(frames, backend="triton", batch=2)
+    assert (tiles - rows).abs().max() <= 1e-5  # of float32 sums in another order

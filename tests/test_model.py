@@ -156,6 +156,21 @@ def test_forward_is_the_papers(config, backend):
     assert difference(model(frames), dense(model, frames)) < 1e-12
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalization_is_group_norm(mean, dtype):
+    model = build(SMALL).to(dtype)
+    with torch.no_grad():
+        model.norm.weight.normal_()
+        model.norm.bias.normal_()
+    f = torch.randn(2, SMALL.channels, 9, 13, dtype=dtype) + mean
+    scale, shift = (x[..., None, None] for x in model.normalization(f))
+    exact = model.double().norm(f.double())
+    # the two terms cancel
+    size = (scale * f).abs().max() + shift.abs().max()
+    assert (scale * f + shift - exact).abs().max() <= 8 * torch.finfo(dtype).eps * size
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_encoding_once_and_in_bands_equals_forward(config):
     """What a stream does: frames encoded one by one, the attention in bands of rows."""
