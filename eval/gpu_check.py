@@ -305,7 +305,7 @@ def visited_by(model: MANA, pictures: np.ndarray) -> float:
     frames = torch.from_numpy(pictures[: config.frames]).movedim(3, 1).to(like) / 255
     _, q, k, v = model.encode(frames)
     return cross_frame_attention(
-        q[:1], k[None], v[None], model.sigma, scale=config.logit_scale,
+        q[:1], k[None], v[None], model.sigma, scale=model.scale,
         tolerance=model.tolerance, backend=model.backend, return_visited=True,
     )[1]  # fmt: skip
 

@@ -5,9 +5,9 @@ longer than running them. So several frames are encoded together and several win
 together, each as one CUDA graph: a fixed sequence of kernels on fixed memory, launched as one.
 
 Features of the last frames lie in rings: frame n in place n modulo their number; for the Triton
-backend keys and values as the tiles that it reads, written by the projections themselves. What changes from
-batch to batch, pictures, their places and those of the windows, is written into tensors that the
-graphs read. A batch that is not full repeats its last frame, so that one graph serves all.
+backend keys and values as the tiles that it reads, written by the projections themselves. What
+changes from batch to batch, pictures, their places and those of the windows, is written into
+tensors that the graphs read. A batch that is not full repeats its last frame: one graph serves all.
 Pictures come and go as integers through pinned memory; a result is copied out by a stream of its
 own, while the next frames are encoded.
 
@@ -162,11 +162,8 @@ class Batches:
         model, cosine = self.model, self.model.config.match == "cosine"
         f = model.extract(frames)
         norm = model.normalization(f)
-        scale = model.temperature if cosine else model.config.logit_scale
-        if scale is None:
-            scale = (model.config.channels // 2) ** -0.5
         # written by the device: a copy cannot be part of a graph
-        factor = f.new_ones((), dtype=torch.float32) * (scale * cross_frame.LOG2_E)
+        factor = f.new_ones((), dtype=torch.float32) * (model.scale * cross_frame.LOG2_E)
         layers = (model.phi, model.theta, model.g)
         tiles, k, v = projection.project(
             f, norm, [x.weight.flatten(1) for x in layers],

@@ -138,6 +138,14 @@ class MANA(nn.Module):
         self.conv_last = nn.Conv2d(c // 2, 3, 3, padding=1)
 
     @property
+    def scale(self) -> Tensor | float:
+        """Factor s of q . k in the cross-frame attention; of unit vectors the temperature."""
+        if self.config.match == "cosine":
+            return self.temperature
+        given = self.config.logit_scale
+        return (self.config.channels // 2) ** -0.5 if given is None else given
+
+    @property
     def receptive_field(self) -> int:
         """Pixels of z on each side that an output pixel of `decode` depends on."""
         return 2 * self.config.decoder_blocks + 3
@@ -267,7 +275,7 @@ class MANA(nn.Module):
             v,
             self.sigma,
             gaussian=config.gaussian,
-            scale=self.temperature if cosine else config.logit_scale,
+            scale=self.scale,
             tolerance=self.tolerance,
             offsets=config.offsets,
             backend=self.backend,

@@ -517,7 +517,6 @@ class Upscaler:
         """The decoder's z [1, C, bottom - top, W] of the rows top .. bottom."""
         model, height = self.model, window.center.lr.shape[2]
         cosine = model.config.match == "cosine"
-        scale = model.config.logit_scale or (model.config.channels // 2) ** -0.5
         longest = torch.tensor([[frame.longest for frame in window.frames]])
         f = self._rows(window.center, top, bottom)
         q, _, _ = self._project(f, window.center)
@@ -534,7 +533,7 @@ class Upscaler:
                 k[:, :, top - first : bottom - first],
                 longest.to(k.device),
                 model.sigma,
-                model.temperature if cosine else torch.tensor(scale, device=k.device),
+                torch.as_tensor(model.scale, device=k.device),
                 TOLERANCE,
             )
             if radius <= reach or (first == 0 and last == height):

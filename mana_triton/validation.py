@@ -135,18 +135,16 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
     _, *projected = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
     q, k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in projected)
     q = q[:, config.frames // 2]
-    scale = config.logit_scale
     cosine = config.match == "cosine"
     if cosine:
         statistics["temperature"] = model.temperature.item()
-        scale = model.temperature
     _, statistics["visited"] = cross_frame_attention(
         F.normalize(q, dim=-1) if cosine else q,
         k,
         v,
         model.sigma,
         gaussian=config.gaussian,
-        scale=scale,
+        scale=model.scale,
         tolerance=model.tolerance,
         backend=model.backend,
         return_visited=True,
