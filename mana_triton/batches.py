@@ -98,8 +98,8 @@ class Batches:
         self._slots, self._windows = slots, slots[:, None].repeat(1, t)
         self._given = torch.zeros(batch, height, width, 3, dtype=kind, device=device)
         self._out = self._given.new_zeros(batch, SCALE * height, SCALE * width, 3)
-        rows = {"f": (height, width, c), "q": (height, width, c // 2)}
-        attended = rows["q"]
+        attended: tuple[int, ...] = (height, width, c // 2)
+        rows: dict[str, tuple[int, ...]] = {"f": (height, width, c), "q": attended}
         if self.tiles:
             from .kernels.tiles import PIXELS, tiles_in
 
