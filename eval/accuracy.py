@@ -107,7 +107,8 @@ def reference_frames(model: MANA, lr: Tensor) -> Tensor:
     results = []
     for center, numbers in enumerate(windows(t, model.config.frames)):
         k, v = (torch.stack([getattr(encoded[i], x) for i in numbers], 1) for x in "kv")
-        f, q, *_ = encoded[center]
+        f, _, _, *norm = encoded[center]
+        q = model.queries(f, *norm)
         z = [
             model.fuse(f[:, :, y : y + rows], q[:, y : y + rows], k, v, first_row=y)
             for y in range(0, height, rows)

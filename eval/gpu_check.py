@@ -303,9 +303,10 @@ def visited_by(model: MANA, pictures: np.ndarray) -> float:
     """Share of the (query, key) pairs that the attention of a window visits."""
     like, config = model.conv_first.weight, model.config
     frames = torch.from_numpy(pictures[: config.frames]).movedim(3, 1).to(like) / 255
-    _, q, k, v = model.encode(frames)
+    f, k, v, *norm = model.encode(frames)
+    q = model.queries(f, *norm)[:1]
     return cross_frame_attention(
-        q[:1], k[None], v[None], model.sigma, scale=model.scale,
+        q, k[None], v[None], model.sigma, scale=model.scale,
         tolerance=model.tolerance, backend=model.backend, return_visited=True,
     )[1]  # fmt: skip
 
@@ -318,7 +319,8 @@ def flops(config: MANAConfig, height: int, width: int, visited: float) -> float:
         frame = torch.empty(1, 3, height, width)
         x = torch.empty(1, model.w_z.in_channels, height, width)
     with FlopCounterMode(display=False) as counter:
-        model.encode(frame)
+        f, _, _, *norm = model.encode(frame)
+        model.queries(f, *norm)
         model.decode(model.w_z(x))
     pixels, d = height * width, config.channels // 2
     memory = (4 * d * config.memory_slots + 2 * d * config.channels) * pixels

@@ -149,14 +149,19 @@ class Batches:
         lr = self._given.float() / WHITE[self._given.dtype]
         # channels last, as it lies
         pixels = rearrange(lr.to(self._kept["f"].dtype), "n h w c -> n c h w")
-        rows = self._tiles_of(pixels) if self.tiles else self.model.encode(pixels)._asdict()
+        rows = self._tiles_of(pixels) if self.tiles else self._rows_of(pixels)
         rows["f"] = rearrange(rows["f"], "n c h w -> n h w c")
         for name, value in rows.items():
             self._kept[name].index_copy_(0, self._slots, value)
         self._lr.index_copy_(0, self._slots, lr)
 
+    def _rows_of(self, frames: Tensor) -> dict[str, Tensor]:
+        """What is kept of frames [N, 3, H, W]."""
+        f, k, v, *norm = self.model.encode(frames)
+        return {"f": f, "q": self.model.queries(f, *norm), "k": k, "v": v}
+
     def _tiles_of(self, frames: Tensor) -> dict[str, Tensor]:
-        """What is kept of frames [N, 3, H, W] for the Triton backend."""
+        """The same for the Triton backend."""
         from .kernels import cross_frame, projection
 
         model, cosine = self.model, self.model.config.match == "cosine"
@@ -170,7 +175,7 @@ class Batches:
             [x.bias for x in layers],  # pyright: ignore[reportArgumentType]
             normalize=(cosine, cosine, False), factors=(factor, None, None),
         )  # fmt: skip
-        return {"f": f, "q": model.queries(f, norm), "tiles": tiles, "k": k, "v": v}
+        return {"f": f, "q": model.queries(f, *norm), "tiles": tiles, "k": k, "v": v}
 
     def _enlarge_windows(self) -> None:
         windows = self._windows

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
 
 SCALE = 4
+NORM_PIXELS = 1 << 15  # that are summed at once
 MATCHES = ("dot", "cosine")
 
 
@@ -72,9 +73,10 @@ class Features(NamedTuple):
     """What a stream keeps of N encoded frames."""
 
     f: Tensor  # [N, C, H, W] encoder features
-    q: Tensor  # [N, H, W, D], as the memory sees them
     k: Tensor  # [N, H, W, D]
     v: Tensor  # [N, H, W, D]
+    scale: Tensor  # [N, C] of GroupNorm, see `MANA.normalization`
+    shift: Tensor  # [N, C]
 
 
 class ResidualBlock(nn.Module):
@@ -168,20 +170,23 @@ class MANA(nn.Module):
         if t != self.config.frames:
             raise ValueError(f"frames must be [B, {self.config.frames}, 3, H, W], got T={t}")
         encoded = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
-        f, q, k, v = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
-        z = self.fuse(f[:, t // 2], q[:, t // 2], k, v)
+        f, k, v, scale, shift = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
+        f, scale, shift = (x[:, t // 2] for x in (f, scale, shift))
+        z = self.fuse(f, self.queries(f, scale, shift), k, v)
         return self.decode(z) + self.skip(frames[:, t // 2])
 
     def memory_loss(self, frames: Tensor) -> Tensor:
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
-        q = self.encode(center).q
+        f = self.extract(center)
+        q = self.queries(f, *self.normalization(f))
         return memory_loss(q, self.memory.to(q.dtype), backend=self.backend)
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
         f = self.extract(frames)
-        return Features(f, *self.project(f, self.normalization(f)))
+        norm = self.normalization(f)
+        return Features(f, *self.keys_values(f, *norm), *norm)
 
     def extract(self, frames: Tensor) -> Tensor:
         """Encoder features [N, C, H, W] of single frames [N, 3, H, W] in [0, 1]."""
@@ -192,13 +197,17 @@ class MANA(nn.Module):
 
         f: [N, C, H, W] -> scale, shift [N, C], in float32 at least.
         """
-        norm = self.norm
-        pixels = rearrange(f, "n c h w -> n (h w) c").to(_at_least_float32(f.dtype))
-        mean = pixels.mean(1, keepdim=True)
-        # of single channels first: sums over memory as it lies are ten times faster on a CPU
-        square = (pixels - mean).square().mean(1)
-        mean = rearrange(mean, "n 1 (g c) -> n g c", g=norm.num_groups)
-        square = rearrange(square, "n (g c) -> n g c", g=norm.num_groups)
+        groups, work = self.norm.num_groups, _at_least_float32(f.dtype)
+        pixels = rearrange(f, "n c h w -> n (h w) c")
+        # part by part, for the caches' sake, and of single channels first: sums over memory as it
+        # lies are ten times faster on a CPU
+        parts = pixels.split(NORM_PIXELS, 1)
+        sums = torch.stack([x.sum(1, keepdim=True, dtype=work) for x in parts]).sum(0)
+        mean = sums / pixels.shape[1]
+        sums = torch.stack([(x - mean).square().sum(1) for x in parts]).sum(0)
+        square = sums / pixels.shape[1]
+        mean = rearrange(mean, "n 1 (g c) -> n g c", g=groups)
+        square = rearrange(square, "n (g c) -> n g c", g=groups)
         center = mean.mean(2, keepdim=True)
         variance = (square + (mean - center).square()).mean(2, keepdim=True)
         return self.affine(center[..., 0], variance[..., 0])
@@ -212,31 +221,27 @@ class MANA(nn.Module):
         scale = norm.weight / deviation
         return scale, norm.bias - mean * scale
 
-    def project(
-        self, f: Tensor, normalization: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of features, which are normalized on the way.
-
-        The scale is folded into the three projections' weights; they are one matrix product.
+    def keys_values(self, f: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, of length one for cosine matching, and values of features, normalized on the way.
 
         Args:
             f: [N, C, h, W] rows of features.
-            normalization: scale and shift [N, C] of the whole frames.
+            scale, shift: [N, C] the normalization of the whole frames.
 
         Returns:
-            q, k, v [N, h, W, D]; keys of length one for cosine matching.
+            k, v [N, h, W, D].
         """
-        q, k, v = self._projected(f, normalization, self.phi, self.theta, self.g)
-        return q, F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
+        k, v = self._projected(f, scale, shift, self.theta, self.g)
+        return F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
 
-    def queries(self, f: Tensor, normalization: tuple[Tensor, Tensor]) -> Tensor:
-        """The first of what `project` gives."""
-        return self._projected(f, normalization, self.phi)[0]
+    def queries(self, f: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Queries [N, h, W, D], as the memory sees them; arguments as of `keys_values`."""
+        return self._projected(f, scale, shift, self.phi)[0]
 
     def _projected(
-        self, f: Tensor, normalization: tuple[Tensor, Tensor], *layers: nn.Conv2d
+        self, f: Tensor, scale: Tensor, shift: Tensor, *layers: nn.Conv2d
     ) -> tuple[Tensor, ...]:
-        scale, shift = normalization
+        """One matrix product for all layers, with the scale folded into its weights."""
         weight = torch.cat([layer.weight[:, :, 0, 0] for layer in layers]).to(scale.dtype)
         bias = torch.cat([layer.bias for layer in layers])  # pyright: ignore[reportArgumentType]
         bias = torch.addmm(bias.to(scale.dtype), shift, weight.mT)

@@ -77,9 +77,8 @@ class _Encoded:
     number: int
     scene: int  # number of the scene's first frame
     f: Tensor | None = None  # [1, C, H, W] encoder features while it waits to be enlarged
-    q: Tensor | None = None  # [1, H, W, D] queries while it waits to be enlarged
     norm: tuple[Tensor, Tensor] | None = None  # `MANA.normalization` [1, C], if known
-    longest: float = 0.0  # norm of its longest key, if norm is known
+    longest: float | None = None  # length of its longest key, if it was measured for bands
 
 
 @dataclass
@@ -416,10 +415,10 @@ class Upscaler:
             if features is None:
                 keys.forget()
                 for frame in recent:
-                    frame.f = frame.q = None
+                    frame.f = None
             else:
                 keys.put(encoded.number, features)
-                encoded.f, encoded.q = features.f, features.q.clone()  # not a part of k and v
+                encoded.f, encoded.norm = features.f, (features.scale, features.shift)
             recent.append(encoded)
             waiting.append(encoded)
             del features  # the copy in keys is enough
@@ -440,8 +439,7 @@ class Upscaler:
         frames = [next(e for e in recent if e.number == number) for number in different]
         window = _Window(center, [different.index(number) for number in numbers], frames)
         if keys.k.numel():
-            window.f, window.q = center.f, center.q
-            center.f = center.q = None
+            window.f, center.f = center.f, None
             k, v = keys.window(different)
             window.k, window.v = (k.clone(), v.clone()) if shared else (k, v)
         return window
@@ -490,12 +488,14 @@ class Upscaler:
 
     def _fuse(self, window: _Window, band: int) -> Tensor:
         """The decoder's z of a whole frame: takes the place of the center's features by bands."""
-        z, q, k, v = window.f, window.q, window.k, window.v
-        assert z is not None and q is not None and k is not None and v is not None
+        z, k, v, norm = window.f, window.k, window.v, window.center.norm
+        assert z is not None and k is not None and v is not None and norm is not None
+        if window.q is None:
+            window.q = self.model.queries(z, *norm)
         while window.fused < z.shape[2]:
             rows = slice(window.fused, window.fused + band)
             z[:, :, rows] = self.model.fuse(
-                z[:, :, rows], q[:, rows], k, v, first_row=rows.start, order=window.order
+                z[:, :, rows], window.q[:, rows], k, v, first_row=rows.start, order=window.order
             )
             window.fused = min(rows.stop, z.shape[2])
         return z
@@ -505,7 +505,7 @@ class Upscaler:
         lr = window.center.lr
         height, halo = lr.shape[2], self.model.receptive_field
         for frame in window.frames:
-            if frame.norm is None:
+            if frame.longest is None:
                 self._measure(frame, plan.rows)
         for y0, y1 in _spans(height, plan.rows):
             top, bottom = max(y0 - halo, 0), min(y1 + halo, height)
@@ -519,12 +519,13 @@ class Upscaler:
         cosine = model.config.match == "cosine"
         longest = torch.tensor([[frame.longest for frame in window.frames]])
         f = self._rows(window.center, top, bottom)
-        q, _, _ = self._project(f, window.center)
+        q = model.queries(f, *_norm_of(window.center))
         reach = self.radius
         while True:
             first, last = max(top - reach, 0), min(bottom + reach, height)
             parts = [
-                self._project(self._rows(frame, first, last), frame)[1:] for frame in window.frames
+                model.keys_values(self._rows(frame, first, last), *_norm_of(frame))
+                for frame in window.frames
             ]
             k, v = (torch.stack(x, 1) for x in zip(*parts, strict=True))
             del parts
@@ -553,11 +554,6 @@ class Upscaler:
         x = self._input(frame.lr[:, :, start : last + self.model.encoder_reach])
         return self.model.extract(x)[:, :, first - start : last - start]
 
-    def _project(self, f: Tensor, frame: _Encoded) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some rows, with the normalization of their whole frame."""
-        assert frame.norm is not None
-        return self.model.project(f, frame.norm)
-
     def _measure(self, frame: _Encoded, rows: int) -> None:
         """Find the normalization of a whole frame, and its longest key, band by band."""
         height, groups = frame.lr.shape[2], self.model.norm.num_groups
@@ -571,11 +567,11 @@ class Upscaler:
         found = scale.float(), shift.float()
         longest = 0.0
         for first, last in _spans(height, rows):
-            _, k, _ = self.model.project(self._rows(frame, first, last), found)
+            k, _ = self.model.keys_values(self._rows(frame, first, last), *found)
             length = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax().item()
             longest = max(longest, length)
-        frame.longest = longest
-        frame.norm = found  # last: another worker takes it for the sign that all is there
+        frame.norm = found
+        frame.longest = longest  # last: another worker takes it for the sign that all is there
 
     def _canvas(self, center: _Encoded) -> Tensor:
         """Room for an enlarged frame [4H, 4W, 3], of integers as given or in [0, 1]."""
@@ -636,6 +632,12 @@ def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
     parts = math.ceil(length / tile) if tile else 1
     for i in range(parts):
         yield length * i // parts, length * (i + 1) // parts
+
+
+def _norm_of(frame: _Encoded) -> tuple[Tensor, Tensor]:
+    """The normalization of a whole frame whose rows are encoded anew."""
+    assert frame.norm is not None
+    return frame.norm
 
 
 def _pixels(frame: Picture) -> Tensor:

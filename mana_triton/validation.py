@@ -132,9 +132,9 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
     if math.isfinite(model.sigma.item()):
         statistics["sigma"] = model.sigma.item()
     b = lr.shape[0]
-    _, *projected = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
-    q, k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in projected)
-    q = q[:, config.frames // 2]
+    f, k, v, *norm = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
+    k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in (k, v))
+    q = model.queries(*(x[config.frames // 2 :: config.frames] for x in (f, *norm)))
     cosine = config.match == "cosine"
     if cosine:
         statistics["temperature"] = model.temperature.item()

@@ -178,7 +178,7 @@ def test_encoding_once_and_in_bands_equals_forward(config):
     t = frames.shape[1]
     encoded = [model.encode(frames[:, i]) for i in range(t)]
     center = encoded[t // 2]
-    q = center.q
+    q = model.queries(center.f, center.scale, center.shift)
     k, v = (torch.stack([getattr(e, x) for e in encoded], 1) for x in "kv")
     z = torch.cat(
         [
@@ -217,7 +217,8 @@ def test_cosine_starts_with_equal_projections():
     assert all(torch.equal(phi[name], theta[name]) for name in ("weight", "bias"))
     assert model.temperature.item() == 12
     features = model.encode(clip(SMALL)[0])
-    assert difference(features.k, F.normalize(features.q, dim=-1)) < 1e-12
+    q = model.queries(features.f, features.scale, features.shift)
+    assert difference(features.k, F.normalize(q, dim=-1)) < 1e-12
     # they are two parameters all the same
     with torch.no_grad():
         model.theta.weight.add_(1)
@@ -251,7 +252,8 @@ def test_every_parameter_is_learned(config):
 def test_memory_loss():
     """Stage 2: the memory's answer to the center frame's queries, |y - q|_1."""
     model, frames = build(SMALL), clip(SMALL, batch=2)
-    q = model.encode(frames[:, 3]).q
+    f, _, _, *norm = model.encode(frames[:, 3])
+    q = model.queries(f, *norm)
     p = torch.softmax(q @ model.memory / math.sqrt(8), dim=-1)
     expected = (p @ model.memory.T - q).abs().mean()
     assert abs(model.memory_loss(frames) - expected) < 1e-12

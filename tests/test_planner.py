@@ -211,7 +211,7 @@ def test_no_frame_is_lost_when_memory_runs_out(seed, options):
     model = random_model()
     whole = run(model, frames, scene_cuts=False, workers=1)
     upscaler = Upscaler(model, scene_cuts=False, **options)
-    stage = ("encode", "fuse", "decode", "project", "extract", "fuse")[seed]
+    stage = ("encode", "fuse", "decode", "keys_values", "extract", "fuse")[seed]
     function, calls = getattr(upscaler.model, stage), itertools.count()
     # a batch calls a stage three times in all
     moments = set(random.Random(seed).sample(range(3 if "batch" in options else 6), 1 + seed % 2))
