@@ -871,3 +871,16 @@ def test_a_preview_is_not_written_over_its_input(folder, cli):
     code, _, stderr = cli(folder, "--preview", "0", "-o", link, "--overwrite")
     assert (code, link.is_symlink()) == (1, True)
     assert errors(stderr) == [f"error: {link}: is a symbolic link; give the file's own name"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="read from Linux")
+def test_peak_memory_is_not_that_of_the_program_that_started_it():
+    inner = "from mana_triton.infer import _peak_mib; print(_peak_mib())"
+    outer = (
+        "import subprocess, sys; large = bytearray(b'x') * (1 << 30); "
+        f"subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", outer], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 50 < float(result.stdout) < 1000
