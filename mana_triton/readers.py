@@ -17,6 +17,7 @@ from av import logging
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError
 from av.format import Flags as FormatFlags
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image
 
@@ -227,14 +228,14 @@ class VideoReader(_Reader):
 
     def _describe(self, first: Timed) -> None:
         self.width, self.height, self.rotation = first.width, first.height, first.rotation
-        matrix = first.side_data.get("DISPLAYMATRIX")
+        side_data = _side_data(first)
+        matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
         self.color, self.bits = self._find_color(first), colors.depth(first.format)
         tags = {key.lower(): value for key, value in self._stream.metadata.items()}
         if tags.get("alpha_mode") == "1" and not colors.has_alpha(first.format):
             self._note("transparency is lost: this codec's decoder does not read it")
-        side_data = {data.type.name: bytes(data) for data in first.side_data}
         self.mastering = _mastering(side_data.get("MASTERING_DISPLAY_METADATA", b""))
         self.light_level = _light_level(side_data.get("CONTENT_LIGHT_LEVEL", b""))
         self.colorspace, self.color_guessed = self.color.name, self.color.guessed
@@ -583,6 +584,30 @@ def _check_size(path: Path, width: int, height: int) -> None:
             f"{path}: pictures of {width}x{height} are larger than {MAX_PIXELS} pixels;"
             " use --no-limits if you trust the file and have the memory"
         )
+
+
+def _side_data(frame: Timed) -> dict[str, bytes]:
+    """What comes with a frame, by PyAV's names; what it has no name for, as EXIF, is left out."""
+    try:
+        return {data.type.name: bytes(data) for data in frame.side_data}
+    except ValueError:  # one unknown kind makes all of them unreadable
+        return {data.type.name: bytes(data) for data in _with_known_kinds(frame).side_data}
+
+
+def _with_known_kinds(frame: Timed) -> Timed:
+    """The frame without the side data that PyAV has no name for, which is newer than its list."""
+    graph = av.filter.Graph()
+    size = {"width": frame.width, "height": frame.height}
+    last = graph.add_buffer(**size, format=frame.format.name, time_base=frame.time_base)
+    newer = max(kind.value for kind in SideData) + 1
+    for kind in range(newer, newer + 64):
+        deletion = graph.add("sidedata", f"mode=delete:type={kind}")
+        last.link_to(deletion)
+        last = deletion
+    last.link_to(sink := graph.add("buffersink"))
+    graph.configure()
+    graph.vpush(frame)
+    return sink.pull()
 
 
 def _mastering(data: bytes) -> dict[str, tuple[Fraction, ...]] | None:

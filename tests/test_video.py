@@ -166,6 +166,16 @@ def test_every_orientation_survives(degrees, mirrored, tmp_path):
     assert (matrices[0] is None) == (degrees == 0 and not mirrored)
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".mkv", ".nut"])
+def test_photos_with_exif_are_read(suffix, tmp_path):
+    """PyAV has no name for EXIF beside a frame, and could tell nothing then, not even the turn."""
+    source = media.write_photos(tmp_path / f"a{suffix}", PICTURES[:3])
+    with open_reader(source) as reader:
+        assert reader.rotation in (90, -90)
+        assert reader.display_matrix is not None
+        assert len(list(reader)) == 3
+
+
 def test_subtitles_fonts_and_covers(tmp_path):
     lines = [(100, 500, "eins"), (600, 1200, "zwei äöü")]
     source = media.write_video(tmp_path / "v.mkv", PICTURES, audio=True, attachment=b"font" * 99)
