@@ -142,17 +142,31 @@ def whole(clip, weights, runner, tmp_path_factory) -> dict[str, Any]:
     return results
 
 
+def put_older(output: Path) -> None:
+    """Another output of the same name, which --overwrite is to replace."""
+    if output.suffix:
+        output.write_bytes(b"older")
+    else:
+        output.mkdir()
+        (output / "older.png").write_bytes(b"older")
+
+
+def is_older(output: Path) -> bool:
+    file = output if output.suffix else output / "older.png"
+    return file.is_file() and file.read_bytes() == b"older"
+
+
 def assert_survives(arguments: list[object], output: Path, runner: Runner, expected: list) -> int:
-    """The output is absent or whole, and the same command ends with the expected result.
+    """The output is absent, whole or the older one, and the same command gives what is expected.
 
     Returns how many frames the second run found done.
     """
-    if output.exists():
+    was_done = output.exists() and not is_older(output)
+    if was_done:
         assert content(output) == expected
     parts = output.with_name(f"{output.name}.parts")
-    was_done = output.exists()
     run = runner(*arguments)
-    if was_done:
+    if was_done and "--overwrite" not in arguments:
         assert run.code == 1
         assert "exists; use --overwrite" in run.err
     else:
@@ -227,11 +241,62 @@ def test_killed_at_operations_on_files(suffix, clip, weights, runner, whole, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
-def test_killed_at_every_operation_on_files(suffix, clip, weights, runner, whole, tmp_path):
-    try_points(suffix, clip, weights, runner, whole, tmp_path, tries=1 << 30)
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_killed_at_every_operation_on_files(flags, suffix, clip, weights, runner, whole, tmp_path):
+    try_points(suffix, clip, weights, runner, whole, tmp_path, 1 << 30, flags)
 
 
-def try_points(suffix, clip, weights, runner, whole, tmp_path, tries) -> None:
+@pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
+def test_killed_while_an_older_output_is_replaced(suffix, clip, weights, runner, whole, tmp_path):
+    try_points(suffix, clip, weights, runner, whole, tmp_path, 3, ("--overwrite",))
+
+
+@pytest.mark.parametrize("fault", ["stopped", "no renaming"])
+@pytest.mark.parametrize("name", ["clip_x4.mp4", "clip_x4"])
+def test_an_older_output_is_not_taken_for_the_finished_one(
+    name, fault, clip, tmp_path, monkeypatch
+):
+    """Finished segments were deleted as what is left of a run that had named its output."""
+    output = tmp_path / name
+    put_older(output)
+    settings: dict[str, Any] = {"job": {}, "length": 6, "overwrite": True}
+    settings |= {"options": VERYFAST} if output.suffix else {}
+    complete, replace = Parts.complete, Path.replace
+
+    def stopped(parts, name) -> None:
+        complete(parts, name)
+        raise KeyboardInterrupt
+
+    def refused(path, target) -> Path:
+        if target == output:
+            raise PermissionError(1, "Operation not permitted")
+        return replace(path, target)
+
+    def work() -> int:
+        with open_reader(clip) as reader:
+            writer = open_resumable(output, reader, reader.width, reader.height, **settings)
+            found, trail = writer.number, Trail(3, writer.done)
+            for frame in frames_after(reader, writer.done):
+                seen = trail.see(frame)[1]
+                if seen.number > found:
+                    writer.write(frame.rgb, frame, seen)
+            writer.close()
+        return found
+
+    with monkeypatch.context() as faulty:
+        if fault == "stopped":
+            faulty.setattr(Parts, "complete", stopped)
+        else:
+            faulty.setattr(Path, "replace", refused)
+        with pytest.raises((KeyboardInterrupt, MediaError)):
+            work()
+    assert is_older(output) or not (output.exists() or output.suffix)
+    assert work() == COUNT
+    assert not is_older(output)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def try_points(suffix, clip, weights, runner, whole, tmp_path, tries, flags=()) -> None:
     output = tmp_path / "probe" / f"clip_x4{suffix}"
     output.parent.mkdir()
     total = runner(*command(clip, weights, output)).operations
@@ -242,7 +307,9 @@ def try_points(suffix, clip, weights, runner, whole, tmp_path, tries) -> None:
     for point in chosen:
         output = tmp_path / str(point) / f"clip_x4{suffix}"
         output.parent.mkdir()
-        arguments = command(clip, weights, output)
+        if flags:
+            put_older(output)
+        arguments = [*command(clip, weights, output), *flags]
         run = runner(*arguments, kill_at=point)
         assert run.code == -9, (point, run)
         resumed.append(assert_survives(arguments, output, runner, whole[suffix]))
