@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, cast
@@ -232,6 +233,7 @@ class VideoReader(_Reader):
         matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
+        self._said = _color_tags(first)
         self.color, self.bits = self._find_color(first), colors.depth(first.format)
         tags = {key.lower(): value for key, value in self._stream.metadata.items()}
         if tags.get("alpha_mode") == "1" and not colors.has_alpha(first.format):
@@ -252,7 +254,7 @@ class VideoReader(_Reader):
 
     def _find_color(self, first: av.VideoFrame) -> Color:
         name, matrix = first.format.name, first.colorspace
-        full = first.color_range == ColorRange.JPEG or name.startswith("yuvj")
+        full = bool(_color_tags(first)[1])
         primaries, transfer = (1 if x == 2 else x for x in (first.color_primaries, first.color_trc))
         if first.format.is_rgb or first.format.has_palette or name.startswith("gray"):
             code = 9 if primaries == 9 else 1
@@ -269,6 +271,26 @@ class VideoReader(_Reader):
                 f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
             )
         return Color(matrix, full, first.color_primaries, first.color_trc, siting=siting)
+
+    def _color_of(self, frame: av.VideoFrame) -> Color:
+        """How this frame is decoded: as the first, unless it says otherwise of matrix or range."""
+        if (said := _color_tags(frame)) == self._said:
+            return self.color
+        color, known = self.color, (0, 2)  # H.273: reserved, and unspecified
+        if any(
+            code not in known and code != before
+            for code, before in zip(said[2:], (color.primaries, color.transfer), strict=True)
+        ):
+            self._note(
+                "primaries or transfer of the colors change: the codes are kept, and the output has"
+                " the tags of its first frame; enlarge the parts one by one (--start, --end)"
+            )
+        matrix = said[0] if said[0] in colors.MATRICES else color.matrix
+        full = color.full_range if said[1] is None else said[1]
+        own = replace(color, matrix=matrix, full_range=full)
+        if (own.name, full) != (color.name, color.full_range):
+            self._note("matrix or range of the colors change; each frame is decoded by its own")
+        return own
 
     def _find_siting(self, form: str) -> str:
         """Where chroma lies; PyAV tells only in a verbose description of the file."""
@@ -374,12 +396,12 @@ class VideoReader(_Reader):
 
     def __iter__(self) -> Iterator[Frame]:
         for picture in self._frames:
-            frame = picture
+            frame, color = picture, self._color_of(picture)
             if (frame.width, frame.height) != (self.width, self.height):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
-            rgb, alpha = self._announced(colors.to_rgb(frame, self.color), colors.alpha_of(frame))
+            rgb, alpha = self._announced(colors.to_rgb(frame, color), colors.alpha_of(frame))
             times = picture.pts, self.time_base, picture.duration
             yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
@@ -584,6 +606,14 @@ def _check_size(path: Path, width: int, height: int) -> None:
             f"{path}: pictures of {width}x{height} are larger than {MAX_PIXELS} pixels;"
             " use --no-limits if you trust the file and have the memory"
         )
+
+
+def _color_tags(frame: av.VideoFrame) -> tuple[int, bool | None, int, int]:
+    """Matrix, whether the range is full (None: not said), primaries and transfer."""
+    full = frame.color_range == ColorRange.JPEG
+    if frame.color_range == ColorRange.UNSPECIFIED:
+        full = True if frame.format.name.startswith("yuvj") else None
+    return frame.colorspace, full, frame.color_primaries, frame.color_trc
 
 
 def _side_data(frame: Timed) -> dict[str, bytes]:

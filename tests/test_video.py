@@ -295,7 +295,7 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
                 times[packet.stream.type][-1].append(packet.pts * packet.stream.time_base)
     [frames], [sounds] = ([sorted(x) for x in times[kind]] for kind in ("video", "audio"))
     steps = [after - before for before, after in pairwise(frames)]
-    assert 0 < min(steps)
+    assert min(steps) > 0
     assert max(steps) < Fraction(1, 10)
     assert timeline.ends[0] == frames[-1] + Fraction(1, 25)
     for kind in with_sound:  # each recording's sound beside its pictures, as it was
@@ -414,6 +414,35 @@ def test_known_colors_decode(matrix, full_range, codec, form, bits, tmp_path):
     assert (reader.colorspace, reader.color_guessed) == (matrix, False)
     assert reader.color_range == ("full" if full_range else "limited")
     assert np.abs(decoded - patches()).max() <= 2 / 2 ** (bits - 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "noted"),
+    [
+        ((1, 1, 1, 1), (6, 6, 6, 1), 2),
+        ((6, 6, 6, 1), (6, 6, 6, 2), 1),
+        ((1, 1, 1, 2), (1, 1, 1, 1), 1),
+        ((1, 1, 1, 1), (9, 9, 16, 1), 2),
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0),
+    ],
+    ids=["matrix", "to full", "to limited", "to PQ", "none"],
+)
+def test_colors_that_change_midway(before, after, noted, tmp_path):
+    """All were decoded by the matrix and range of the first frame."""
+    names = {1: "bt709", 6: "bt601", 9: "bt2020"}
+    parts = []
+    for number, color in enumerate((before, after)):
+        planes = media.rgb_to_yuv(patches(), names[color[0]], color[3] == 2)
+        parts.append(tmp_path / f"{number}.ts")
+        media.write_video(parts[-1], [planes] * 20, "yuv444p", pix_fmt="yuv444p",
+            options=LOSSLESS, color=color)  # fmt: skip
+    source = tmp_path / "joined.ts"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with open_reader(source) as reader:
+        decoded = [frame.rgb.astype(int) for frame in reader]
+    assert len(decoded) == 40
+    assert max(np.abs(rgb - patches()).max() for rgb in decoded) <= 2
+    assert len([note for note in reader.notes if "of the colors change" in note]) == noted
 
 
 @pytest.mark.parametrize(
