@@ -43,6 +43,7 @@ from typing import Any
 
 import av
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -59,7 +60,7 @@ from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, Waits, in_thread
-from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, open_reader
+from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, VideoReader, open_reader
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
@@ -262,13 +263,19 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
         "backend": upscaler.backend, **_division(reader, upscaler),
         "band": upscaler.plan_for(reader.height, reader.width).band,
     }  # fmt: skip
+    # what sums in another order or decodes in another way; Pillow does the latter for pictures
+    software = (torch, av, np) if isinstance(reader, VideoReader) else (torch, av, np, PIL)
+    processor = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    if upscaler.device.type == "cuda":
+        processor["gpu"] = torch.cuda.get_device_name(upscaler.device)
     return {
         "settings": flags | engine | {"options": dict(args.options)},
         "weights": _weights_hash(upscaler.model),
         "input": segments.input_identity(reader),
         # sums are added in another order by another number of threads
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "software": {x.__name__: x.__version__ for x in (torch, av, np)} | {"ours": segments.OURS},
+        "processor": processor,
+        "software": {x.__name__: x.__version__ for x in software} | {"ours": segments.OURS},
     }
 
 

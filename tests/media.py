@@ -69,7 +69,7 @@ def write_video(
     color: tuple[int, int, int, int] = (2, 2, 2, 0),
     aspect: Fraction | None = None,
     rotation: tuple[float, bool] | None = None,
-    audio: bool = False,
+    audio: bool | str = False,
     metadata: dict[str, str] | None = None,
     chapters: Sequence[tuple[int, int, str]] = (),
     cover: bool = False,
@@ -90,7 +90,8 @@ def write_video(
             context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation[0], hflip=rotation[1])
-        sound: Any = container.add_stream("aac", 48000) if audio else None
+        kind = audio if isinstance(audio, str) else "aac"
+        sound: Any = container.add_stream(kind, 48000) if audio else None
         image: Any = None
         if sound:
             sound.metadata.update(language="deu", title="Ton")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import av
 import faults
 import media
 import numpy as np
+import PIL
 import pytest
 import torch
 from faults import Runner
@@ -27,13 +29,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mana_triton import checkpoint, images
+from mana_triton import checkpoint, images, infer
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.segments import (
     LENGTH,
     Changed,
     Parts,
     Trail,
+    _differences,
     frames_after,
     input_identity,
     open_resumable,
@@ -504,6 +507,27 @@ def test_changed_weights_are_refused(begun, runner, tmp_path):
     checkpoint.save(other, tmp_path / "other.safetensors")
     run = runner(*begun, "-n", tmp_path / "other.safetensors")
     assert_refused(run, "other weights", tmp_path / "clip_x4.mp4.parts")
+
+
+def test_another_processor_or_program_is_another_job(clip, weights, tmp_path, monkeypatch):
+    """Work that was begun on a processor with AVX-512 went on, with other frames, without it."""
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pictures()[0]).save(tmp_path / "pictures" / "a.png")
+    args, upscaler = infer.parse_args([str(clip)]), Upscaler(weights, device="cpu")
+
+    def jobs() -> list[dict[str, Any]]:
+        found = []
+        for source in (clip, tmp_path / "pictures"):
+            with open_reader(source) as reader:
+                found.append(infer._job(reader, upscaler, args))
+        return found
+
+    before = jobs()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
+    monkeypatch.setattr(PIL, "__version__", "0")
+    video, folder = ("; ".join(_differences(*pair)) for pair in zip(before, jobs(), strict=True))
+    assert re.fullmatch(r"processor cpu \w+ \(now other\)", video)
+    assert re.fullmatch(r"processor cpu \w+ \(now other\); software PIL [\d.]+ \(now 0\)", folder)
 
 
 @pytest.mark.parametrize("change", ["content", "time", "length"])

@@ -307,6 +307,28 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
     assert frames == sounds == []
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".ts"])
+def test_sound_that_begins_late_is_kept(suffix, tmp_path, monkeypatch):
+    """FFmpeg tells no rate of it at first, and it was refused with an advice of no use."""
+    silent = media.write_video(tmp_path / "o.ts", PICTURES)
+    part = media.write_video(tmp_path / "x.ts", PICTURES, audio="mp2")
+    source, out = tmp_path / "joined.ts", tmp_path / f"out{suffix}"
+    source.write_bytes(silent.read_bytes() + 2 * part.read_bytes())
+    with av.open(str(source)) as container:
+        assert container.streams.audio[0].codec_context.sample_rate == 0
+    _, writer = convert(source, out)
+    assert not any("left out" in note for note in writer.notes)
+    assert hashes(out) == 2 * hashes(part)
+    with av.open(str(out)) as container:
+        context = container.streams.audio[0].codec_context
+        assert (context.sample_rate, context.layout.name) == (48000, "stereo")
+    monkeypatch.setattr("mana_triton.copier._first_sound", lambda *_: None)
+    _, writer = convert(source, out, overwrite=True)
+    assert [note for note in writer.notes if "nothing of it can be decoded" in note]
+    with av.open(str(out)) as container:
+        assert not container.streams.audio
+
+
 def test_a_stream_that_jumps_alone_spoils_no_place_behind_it(tmp_path):
     """The next place at which all begin anew was taken for a part of it, and nothing was moved."""
     first = media.write_video(tmp_path / "a.ts", PICTURES, audio=True)
