@@ -249,8 +249,18 @@ class VideoReader(_Reader):
         elif self._end:
             end = min(self._end, self._end if self.stop is None else float(self.stop))
             self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
+        self._name_lost_tags()
         if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & set(side_data):
             self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
+
+    def _name_lost_tags(self) -> None:
+        """Note what a picture that is read as a video loses."""
+        if not self._container.format.name.endswith("_pipe"):
+            return
+        with suppress(OSError):  # FFmpeg may read what Pillow cannot
+            tags = images.picture_tags(self.path, self._note)
+            if named := ", ".join(what for what in tags if what != "resolution"):
+                self._note(f"{named} of a single picture left out; put it into a folder")
 
     def _find_color(self, first: av.VideoFrame) -> Color:
         name, matrix = first.format.name, first.colorspace
@@ -509,16 +519,19 @@ class ImageFolderReader(_Reader):
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         self.width, self.height = _picture_size(self.files[0], limits)
-        self.bits = 8
+        self.bits, more = 8, 0
         for file in self.files:  # now rather than after hours of work
             size = _picture_size(file, limits)
             with explained(file, "read the picture"):
                 self.bits = max(self.bits, images.picture_bits(file))
+                more += images.has_more(file)
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
                     f" {self.width}x{self.height}; all pictures must have one size"
                 )
+        if more:
+            self._note(f"{more} of the files hold several pictures; the first of each is taken")
 
     def seek(self, pts: int | None) -> None:
         """Iterate from the frame with this time on; None: from the first one."""
@@ -565,11 +578,11 @@ class AnimationReader(_Reader):
     def __iter__(self) -> Iterator[Frame]:
         pts, stop = 0, None if self.end is None else 1000 * _exact(self.end)
         with explained(self.path, "read the animation"):
-            for rgb, alpha, duration in images.read_animation(self.path):
+            for rgb, alpha, duration, tags in images.read_animation(self.path, self._note):
                 if stop is not None and pts >= stop:
                     return
                 if pts >= self._first:
-                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha)
+                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha, tags=tags)
                 pts += duration or 40
 
 
