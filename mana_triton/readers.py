@@ -296,6 +296,8 @@ class VideoReader(_Reader):
                 " the tags of its first frame; enlarge the parts one by one (--start, --end)"
             )
         matrix = said[0] if said[0] in colors.MATRICES else color.matrix
+        if said[0] not in (*known, matrix) and not frame.format.is_rgb:
+            self._note(f"color matrix {said[0]} midway is not supported; taken as {color.name}")
         full = color.full_range if said[1] is None else said[1]
         own = replace(color, matrix=matrix, full_range=full)
         if (own.name, full) != (color.name, color.full_range):

@@ -360,7 +360,7 @@ def test_places_are_found_in_a_moment(tmp_path):
     """Every packet looked at every place before it: 20,000 places took minutes."""
     packets = [SimpleNamespace(size=1, pts=0, dts=0, time_base=Fraction(1, 25),
         stream=SimpleNamespace(index=0)) for _ in range(20000)]  # fmt: skip
-    timeline = Timeline.__new__(Timeline)
+    timeline = cast(Any, Timeline.__new__(Timeline))
     moves = [(number, Fraction(number, 25)) for number in range(20000)]
     timeline.joints, timeline._moves = len(moves), {0: CountedList(moves)}
     assert [packet.pts for packet in timeline.along(packets)] == list(range(20000))
