@@ -42,6 +42,19 @@ CONTAINERS = (
 _CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
 
 
+def _nameless(kinds: type[SideData], value: object) -> SideData:
+    """A name for side data of a kind that is newer than PyAV's list of them, as EXIF is.
+
+    Beside such a frame PyAV would raise for all of its side data.
+    """
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"KIND_{value}", value
+    return kind
+
+
+SideData._missing_ = classmethod(_nameless)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
@@ -229,7 +242,7 @@ class VideoReader(_Reader):
 
     def _describe(self, first: Timed) -> None:
         self.width, self.height, self.rotation = first.width, first.height, first.rotation
-        side_data = _side_data(first)
+        side_data = {data.type.name: bytes(data) for data in first.side_data}
         matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
@@ -629,30 +642,6 @@ def _color_tags(frame: av.VideoFrame) -> tuple[int, bool | None, int, int]:
     if frame.color_range == ColorRange.UNSPECIFIED:
         full = True if frame.format.name.startswith("yuvj") else None
     return frame.colorspace, full, frame.color_primaries, frame.color_trc
-
-
-def _side_data(frame: Timed) -> dict[str, bytes]:
-    """What comes with a frame, by PyAV's names; what it has no name for, as EXIF, is left out."""
-    try:
-        return {data.type.name: bytes(data) for data in frame.side_data}
-    except ValueError:  # one unknown kind makes all of them unreadable
-        return {data.type.name: bytes(data) for data in _with_known_kinds(frame).side_data}
-
-
-def _with_known_kinds(frame: Timed) -> Timed:
-    """The frame without the side data that PyAV has no name for, which is newer than its list."""
-    graph = av.filter.Graph()
-    size = {"width": frame.width, "height": frame.height}
-    last = graph.add_buffer(**size, format=frame.format.name, time_base=frame.time_base)
-    newer = max(kind.value for kind in SideData) + 1
-    for kind in range(newer, newer + 64):
-        deletion = graph.add("sidedata", f"mode=delete:type={kind}")
-        last.link_to(deletion)
-        last = deletion
-    last.link_to(sink := graph.add("buffersink"))
-    graph.configure()
-    graph.vpush(frame)
-    return sink.pull()
 
 
 def _mastering(data: bytes) -> dict[str, tuple[Fraction, ...]] | None:
