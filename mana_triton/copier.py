@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import av
+from av.container import OutputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.format import Flags
 from av.stream import Stream
@@ -52,6 +54,7 @@ class Copier:
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
         self._converted: dict[int, Any] = {}
+        self._found: dict[int, Timed] = {}  # the first sound of streams that begin late
         for stream in self._source.streams:
             if stream.index != reader.stream_index:
                 self._add(stream)
@@ -97,6 +100,11 @@ class Copier:
         if stream.type == "data" and "timecode" in stream.metadata and suffix in MP4_LIKE:
             return  # written anew from the tag of the video
         name = f"{stream.type} stream {stream.index} ({codec or 'unknown'})"
+        if stream.type == "audio" and codec and not stream.codec_context.sample_rate:
+            self._found[stream.index] = _first_sound(self._reader.path, stream.index)
+            if self._found[stream.index] is None:
+                self._writer.notes.append(f"{name} is left out, as nothing of it can be decoded")
+                return
         if not self._can_hold(stream):
             if stream.type == "audio" and codec:
                 raise MediaError(
@@ -113,7 +121,7 @@ class Copier:
             else:
                 self._writer.notes.append(f"{name} is left out")
             return
-        target = cast(Any, self._output.add_stream_from_template(stream, opaque=True))
+        target = self._copied(stream, self._output)
         if (
             stream.type == "video" and stream.sample_aspect_ratio
         ):  # not among the codec's parameters
@@ -141,11 +149,19 @@ class Copier:
             return False
         try:
             with av.open(io.BytesIO(), "w", format=self._output.format.name) as trial:
-                trial.add_stream_from_template(stream, opaque=True)
+                self._copied(stream, trial)
                 trial.start_encoding()
         except (ValueError, FFmpegError):
             return False
         return True
+
+    def _copied(self, stream: Any, output: OutputContainer) -> Any:
+        """A stream of this output that takes the packets of that one."""
+        target: Any = output.add_stream_from_template(stream, opaque=True)
+        if sound := self._found.get(stream.index):
+            target.codec_context.sample_rate = sound.sample_rate
+            target.codec_context.layout = sound.layout.name
+        return target
 
     def _text_kind(self, stream: Any) -> str | None:
         """The container's kind of subtitles if these are text."""
@@ -230,6 +246,22 @@ class Copier:
     def close(self) -> None:
         """Close the second look at the input."""
         self._source.close()
+
+
+def _first_sound(path: Path, index: int) -> Timed:
+    """The first frame of a sound that begins too late for FFmpeg to tell its rate; None if none."""
+    with open_container(path) as container:
+        packets = container.demux(container.streams[index])
+        while True:
+            try:
+                packet = next(packets, None)
+            except FFmpegError:
+                return None
+            if packet is None:
+                return None
+            with suppress(FFmpegError):
+                if frames := packet.decode():
+                    return frames[0]
 
 
 def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:

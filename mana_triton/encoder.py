@@ -253,7 +253,7 @@ class VideoEncoder:
         """Take one picture, at the time of `frame`; returns the packets that are ready."""
         if frame.alpha is not None:
             self._note("transparency is dropped; write a folder of PNG files to keep it")
-        for what in frame.tags:
+        for what in [name for name in frame.tags if name != "resolution"]:  # of no use in a video
             self._note(f"{what} of pictures is left out; write a folder of PNG files to keep it")
         full = self._range == ColorRange.JPEG
         picture: Timed = colors.from_rgb(rgb, self._format.name, self._reader.color, full)

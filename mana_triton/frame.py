@@ -35,7 +35,7 @@ class Frame:
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
         alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
-        tags: color profile, EXIF and XMP of a picture, by these names.
+        tags: what else is in a picture's file, see images.py.
         damaged: frames of the file, up to this one, that were damaged or missing.
     """
 

@@ -1,7 +1,8 @@
 """Single pictures and animations: 8 and 16 bits, transparency, orientation.
 
 Pillow reads what has 8 bits per channel. It would silently halve deeper pictures, which FFmpeg
-reads and writes. Color profile, EXIF and XMP pass through, as bytes.
+reads and writes. Color profile, EXIF, XMP, texts, resolution and PNG's own tags of colors pass
+through, as bytes.
 """
 
 import io
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.ExifTags import IFD
 
 from .color import Color, alpha_of, to_rgb
@@ -26,7 +27,8 @@ FORMATS = {"PNG": "png_pipe", "TIFF": "tiff_pipe", "JPEG": None, "WEBP": None, "
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 Picture = tuple[np.ndarray, np.ndarray | None]  # [H, W, 3] RGB and [H, W] alpha, as in color.py
-Tags = dict[str, bytes]  # "color profile", "EXIF", "XMP"
+# "color profile", "EXIF", "XMP" as they are, "texts", "color tags", "resolution" as PNG's chunks
+Tags = dict[str, bytes]
 
 # what Pillow raises for damaged files, beside OSError
 _DAMAGED = (
@@ -38,6 +40,12 @@ _LASTING = {270, 271, 272, 305, 306, 315, 316, 33432, *range(40091, 40096), IFD.
 _SIZE = (40962, 40963)  # in pixels, as it was
 _TURN = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|>)\s*)[2-8]""")
 _PNG_HEAD = 33  # bytes of a PNG file before the place of its tags
+_COLOR_TAGS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"sRGB": 1}  # and their bytes
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+# what else a PNG file may have that is of no use later, or passes in another way
+_PASSED = {b"tRNS", b"bKGD", b"sBIT", b"hIST", b"tIME", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
+_MOST = PngImagePlugin.MAX_TEXT_CHUNK  # bytes of a profile or a text that Pillow reads: 1 MiB
+_UNREAD = "left out"  # in the info of a picture that was opened without profile and texts
 
 
 class _File(io.BufferedReader):
@@ -56,12 +64,43 @@ class _File(io.BufferedReader):
 def _opened(file: Path) -> Iterator[Image.Image]:
     """The picture; what Pillow raises for damaged files becomes an OSError."""
     try:
-        with _File(file) as content, Image.open(content, formats=tuple(FORMATS)) as image:
+        with _File(file) as content, _open(content) as image:
             yield image
     except Image.DecompressionBombError as error:
         raise OSError("the picture is too large; shrink it first") from error
     except _DAMAGED as error:
         raise OSError("it is damaged") from error
+
+
+def _open(content: _File) -> Image.Image:
+    """The picture, without profile and texts where they are too large for Pillow."""
+    try:
+        return Image.open(content, formats=tuple(FORMATS))
+    except ValueError as error:
+        if "MAX_TEXT_CHUNK" not in str(error):
+            raise
+    content.seek(0)
+    data = content.read()
+    chunks = (_chunk(*x) for x in _chunks(data) if x[0] not in (b"iCCP", *_TEXTS))
+    image = Image.open(io.BytesIO(data[:8] + b"".join(chunks)), formats=["PNG"])
+    image.info[_UNREAD] = True
+    return image
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of the parts of a PNG file, up to where it is damaged."""
+    at = 8
+    while at + 12 <= len(png):
+        (length,) = struct.unpack_from(">I", png, at)
+        if at + 12 + length > len(png):
+            return
+        yield png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def coded_size(file: Path) -> tuple[int, int]:
@@ -81,7 +120,21 @@ def picture_size(file: Path) -> tuple[int, int]:
 def picture_bits(file: Path) -> int:
     """8 or 16 bits per channel."""
     with _opened(file) as image:
+        if image.mode == "F":
+            raise OSError("its samples are floating-point numbers; convert it to 16 bits first")
         return 16 if _is_deep(image) else 8
+
+
+def has_more(file: Path) -> bool:
+    """Whether there is more than one picture in the file."""
+    with _opened(file) as image:
+        return bool(getattr(image, "is_animated", False))
+
+
+def picture_tags(file: Path, lost: Callable[[str], None]) -> Tags:
+    """What else is in the file; `lost` is told what is left out."""
+    with _opened(file) as image:
+        return _tags(image, file, lost)
 
 
 def read_picture(
@@ -101,14 +154,17 @@ def read_picture(
         else:
             rgb, alpha = _split(image)
             turn = 1 if image.format == "TIFF" else turn  # which Pillow has turned
-        tags = _tags(image, lost)
+        tags = _tags(image, file, lost)
     return _upright(rgb, turn), None if alpha is None else _upright(alpha, turn), tags
 
 
-def _tags(image: Image.Image, lost: Callable[[str], None]) -> Tags:
+def _tags(image: Image.Image, file: Path, lost: Callable[[str], None]) -> Tags:
     """What is still true of the picture when it stands upright and is enlarged."""
     tags = {}
     profile = image.info.get("icc_profile") or b""
+    if image.info.get(_UNREAD) or len(profile) > _MOST:
+        lost(f"color profiles and texts of more than {_MOST >> 20} MiB are left out")
+        profile = b""
     if profile[16:20] == b"RGB " and profile[36:40] == b"acsp":
         tags["color profile"] = profile
     elif profile:
@@ -120,7 +176,45 @@ def _tags(image: Image.Image, lost: Callable[[str], None]) -> Tags:
         lost("EXIF is damaged and left out")
     if isinstance(xmp := image.info.get("xmp"), bytes):
         tags["XMP"] = _TURN.sub(rb"\g<1>1", xmp)
+    unkept = []
+    if image.format == "PNG" and not image.info.get(_UNREAD):
+        unkept = _png_tags(file.read_bytes(), tags)
+    elif image.format != "PNG":
+        unkept = ["IPTC"] * bool(_has_iptc(image))
+        if isinstance(comment := image.info.get("comment"), bytes) and len(comment) < _MOST:
+            tags["texts"] = _chunk(b"tEXt", b"Comment\0" + comment.replace(b"\0", b""))
+        x, y = image.info.get("dpi", (1, 1))
+        if min(x, y) > 1 and max(x, y) < 10**6:
+            meters = round(float(x) / 0.0254), round(float(y) / 0.0254), 1
+            tags["resolution"] = _chunk(b"pHYs", struct.pack(">IIB", *meters))
+    if unkept:
+        lost(f"metadata of pictures not kept: {', '.join(unkept)}")
     return tags
+
+
+def _png_tags(png: bytes, tags: Tags) -> list[str]:
+    """Add what stands in a PNG file as it is to stand in the next; returns what is left out."""
+    unkept, texts, of_colors = [], b"", b""
+    for kind, content in _chunks(png):
+        if kind in _TEXTS and not content.startswith(
+            (b"XML:com.adobe.xmp\0", b"Raw profile type ")
+        ):
+            texts += _chunk(kind, content)
+        elif content.startswith(b"Raw profile type iptc\0") and kind in _TEXTS:
+            unkept.append("IPTC")
+        elif _COLOR_TAGS.get(kind) == len(content):
+            of_colors += _chunk(kind, content)
+        elif kind == b"pHYs" and len(content) == 9:
+            tags["resolution"] = _chunk(kind, content)
+        elif kind[:1].islower() and kind not in {*_PASSED, b"iCCP", *_TEXTS}:
+            unkept.append(kind.decode("latin-1"))
+    tags |= {name: x for name, x in (("texts", texts), ("color tags", of_colors)) if x}
+    return list(dict.fromkeys(unkept))
+
+
+def _has_iptc(image: Image.Image) -> bool:
+    tiff = getattr(image, "tag_v2", {})
+    return "photoshop" in image.info or bool({33723, 34377} & set(tiff))
 
 
 def _lasting(exif: Image.Exif) -> bytes:
@@ -142,9 +236,13 @@ def write_picture(
         (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", "XMP"),
     ):
         if name in tags:
-            body = kind + head + (zlib.compress(tags[name]) if kind == b"iCCP" else tags[name])
-            chunks += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    file.write_bytes(data[:_PNG_HEAD] + chunks + data[_PNG_HEAD:])
+            content = zlib.compress(tags[name]) if kind == b"iCCP" else tags[name]
+            chunks += _chunk(kind, head + content)
+    chunks += b"".join(tags.get(name, b"") for name in ("color tags", "resolution", "texts"))
+    pixels = data[_PNG_HEAD:]
+    if "resolution" in tags:  # FFmpeg writes one of its own
+        pixels = b"".join(_chunk(*x) for x in _chunks(data) if x[0] not in (b"IHDR", b"pHYs"))
+    file.write_bytes(data[:_PNG_HEAD] + chunks + pixels)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -160,13 +258,16 @@ def _png(pixels: np.ndarray) -> bytes:
     return b"".join(bytes(p) for p in (*encoder.encode(frame), *encoder.encode(None)))
 
 
-def read_animation(file: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-    """The pictures of an animation and how many milliseconds each is shown."""
+def read_animation(
+    file: Path, lost: Callable[[str], None]
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, int, Tags]]:
+    """The pictures of an animation, how many milliseconds each is shown, and what else there is."""
     with _opened(file) as image:
+        tags = _tags(image, file, lost)
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             rgb, alpha = _split(image)
-            yield rgb, alpha, int(image.info.get("duration", 0))
+            yield rgb, alpha, int(image.info.get("duration", 0)), tags
 
 
 def _split(image: Image.Image) -> Picture:
@@ -179,6 +280,8 @@ def _split(image: Image.Image) -> Picture:
 
 def _is_deep(image: Image.Image) -> bool:
     """More than 8 bits per channel, which the mode alone does not tell."""
+    if not FORMATS[image.format or ""]:  # BMP has 16 bits for three channels
+        return False
     return image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", ""))
 
 

@@ -43,6 +43,7 @@ from typing import Any
 
 import av
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -59,7 +60,7 @@ from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
 from .stream import DTYPES, Upscaler, Waits, in_thread
-from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, open_reader
+from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, VideoReader, open_reader
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
@@ -262,13 +263,19 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
         "backend": upscaler.backend, **_division(reader, upscaler),
         "band": upscaler.plan_for(reader.height, reader.width).band,
     }  # fmt: skip
+    # what sums in another order or decodes in another way; Pillow does the latter for pictures
+    software = (torch, av, np) if isinstance(reader, VideoReader) else (torch, av, np, PIL)
+    processor = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    if upscaler.device.type == "cuda":
+        processor["gpu"] = torch.cuda.get_device_name(upscaler.device)
     return {
         "settings": flags | engine | {"options": dict(args.options)},
         "weights": _weights_hash(upscaler.model),
         "input": segments.input_identity(reader),
         # sums are added in another order by another number of threads
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "software": {x.__name__: x.__version__ for x in (torch, av, np)} | {"ours": segments.OURS},
+        "processor": processor,
+        "software": {x.__name__: x.__version__ for x in software} | {"ours": segments.OURS},
     }
 
 
@@ -395,31 +402,35 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         MediaError: several videos and one output file.
     """
     source: Path = args.input
-    videos = _videos_in(source) if source.is_dir() else []
+    videos = _videos_of(args)
     if not videos:
         return [(source, args.output or _default_output(source, args.codec))]
     folder = args.output or source
     if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
         raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
+    if left := [video.name for video in _videos_in(source) if video not in videos]:
+        console.print(f"note: taken for results and left alone: {', '.join(left)}", markup=False)
     jobs = [(video, folder / _default_output(video, args.codec).name) for video in videos]
     if args.output and not args.benchmark:
         folder.mkdir(parents=True, exist_ok=True)
     return jobs
 
 
-def _holds_videos(source: Path) -> bool:
-    return source.is_dir() and bool(_videos_in(source))
+def _videos_of(args: argparse.Namespace) -> list[Path]:
+    """The videos of a folder; none of those called as our results, if these come there, too."""
+    source, output = args.input, args.output or args.input
+    if not source.is_dir():
+        return []
+    is_same = output.resolve() == source.resolve()
+    return [x for x in _videos_in(source) if not (is_same and x.stem.endswith(f"_x{SCALE}"))]
 
 
 def _videos_in(folder: Path) -> list[Path]:
-    """Videos of a folder, without hidden files and our own results."""
+    """Videos of a folder, without hidden files."""
     return [
         file
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in READABLE
-        and not file.name.startswith(".")
-        and not file.stem.endswith(f"_x{SCALE}")
-        and file.is_file()
+        if file.suffix.lower() in READABLE and not file.name.startswith(".") and file.is_file()
     ]
 
 
@@ -441,9 +452,7 @@ def choose_weights(args: argparse.Namespace) -> tuple[str, str]:
     """Name or file of the weights, and why."""
     if args.model:
         return args.model, "as -n says"
-    if args.input.suffix.lower() in SUFFIXES or (
-        args.input.is_dir() and not _holds_videos(args.input)
-    ):
+    if args.input.suffix.lower() in SUFFIXES or (args.input.is_dir() and not _videos_of(args)):
         return "tiny", "the default for pictures"
     return "tiny-real", "the default for video files, trained on compressed video; -n chooses"
 
@@ -459,7 +468,7 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
         )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")
-    if len(jobs) == 1 and not _holds_videos(args.input):
+    if len(jobs) == 1 and not _videos_of(args):
         summary, code = _work(*jobs[0], upscaler, args), 0
     else:
         summary, code = _run_folder(jobs, upscaler, args)
@@ -549,7 +558,7 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
     """One frame as the whole run would show it, beside bicubic."""
     began = time.perf_counter()
     picture = _preview_path(output, args.preview)
-    if args.output and not _holds_videos(source):
+    if args.output and not _videos_of(args):
         picture = args.output
     if picture.suffix.lower() != ".png":
         raise MediaError(f"{picture}: must end in .png, as --preview writes one picture")

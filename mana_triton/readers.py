@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, cast
@@ -17,6 +18,7 @@ from av import logging
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError
 from av.format import Flags as FormatFlags
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image
 
@@ -38,6 +40,19 @@ CONTAINERS = (
 )  # fmt: skip
 
 _CHAINED = ("gif", "apng")  # formats whose pictures build on all before: they are never skipped
+
+
+def _nameless(kinds: type[SideData], value: object) -> SideData:
+    """A name for side data of a kind that is newer than PyAV's list of them, as EXIF is.
+
+    Beside such a frame PyAV would raise for all of its side data.
+    """
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"KIND_{value}", value
+    return kind
+
+
+SideData._missing_ = classmethod(_nameless)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Reader:
@@ -227,14 +242,15 @@ class VideoReader(_Reader):
 
     def _describe(self, first: Timed) -> None:
         self.width, self.height, self.rotation = first.width, first.height, first.rotation
-        matrix = first.side_data.get("DISPLAYMATRIX")
+        side_data = {data.type.name: bytes(data) for data in first.side_data}
+        matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
+        self._said = _color_tags(first)
         self.color, self.bits = self._find_color(first), colors.depth(first.format)
         tags = {key.lower(): value for key, value in self._stream.metadata.items()}
         if tags.get("alpha_mode") == "1" and not colors.has_alpha(first.format):
             self._note("transparency is lost: this codec's decoder does not read it")
-        side_data = {data.type.name: bytes(data) for data in first.side_data}
         self.mastering = _mastering(side_data.get("MASTERING_DISPLAY_METADATA", b""))
         self.light_level = _light_level(side_data.get("CONTENT_LIGHT_LEVEL", b""))
         self.colorspace, self.color_guessed = self.color.name, self.color.guessed
@@ -246,12 +262,22 @@ class VideoReader(_Reader):
         elif self._end:
             end = min(self._end, self._end if self.stop is None else float(self.stop))
             self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
+        self._name_lost_tags()
         if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & set(side_data):
             self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
 
+    def _name_lost_tags(self) -> None:
+        """Note what a picture that is read as a video loses."""
+        if not self._container.format.name.endswith("_pipe"):
+            return
+        with suppress(OSError):  # FFmpeg may read what Pillow cannot
+            tags = images.picture_tags(self.path, self._note)
+            if named := ", ".join(what for what in tags if what != "resolution"):
+                self._note(f"{named} of a single picture left out; put it into a folder")
+
     def _find_color(self, first: av.VideoFrame) -> Color:
         name, matrix = first.format.name, first.colorspace
-        full = first.color_range == ColorRange.JPEG or name.startswith("yuvj")
+        full = bool(_color_tags(first)[1])
         primaries, transfer = (1 if x == 2 else x for x in (first.color_primaries, first.color_trc))
         if first.format.is_rgb or first.format.has_palette or name.startswith("gray"):
             code = 9 if primaries == 9 else 1
@@ -268,6 +294,28 @@ class VideoReader(_Reader):
                 f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
             )
         return Color(matrix, full, first.color_primaries, first.color_trc, siting=siting)
+
+    def _color_of(self, frame: av.VideoFrame) -> Color:
+        """How this frame is decoded: as the first, unless it says otherwise of matrix or range."""
+        if (said := _color_tags(frame)) == self._said:
+            return self.color
+        color, known = self.color, (0, 2)  # H.273: reserved, and unspecified
+        if any(
+            code not in known and code != before
+            for code, before in zip(said[2:], (color.primaries, color.transfer), strict=True)
+        ):
+            self._note(
+                "primaries or transfer of the colors change: the codes are kept, and the output has"
+                " the tags of its first frame; enlarge the parts one by one (--start, --end)"
+            )
+        matrix = said[0] if said[0] in colors.MATRICES else color.matrix
+        if said[0] not in (*known, matrix) and not frame.format.is_rgb:
+            self._note(f"color matrix {said[0]} midway is not supported; taken as {color.name}")
+        full = color.full_range if said[1] is None else said[1]
+        own = replace(color, matrix=matrix, full_range=full)
+        if (own.name, full) != (color.name, color.full_range):
+            self._note("matrix or range of the colors change; each frame is decoded by its own")
+        return own
 
     def _find_siting(self, form: str) -> str:
         """Where chroma lies; PyAV tells only in a verbose description of the file."""
@@ -373,12 +421,12 @@ class VideoReader(_Reader):
 
     def __iter__(self) -> Iterator[Frame]:
         for picture in self._frames:
-            frame = picture
+            frame, color = picture, self._color_of(picture)
             if (frame.width, frame.height) != (self.width, self.height):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
                 frame = frame.reformat(*size, interpolation=Interpolation.BICUBIC, threads=1)
-            rgb, alpha = self._announced(colors.to_rgb(frame, self.color), colors.alpha_of(frame))
+            rgb, alpha = self._announced(colors.to_rgb(frame, color), colors.alpha_of(frame))
             times = picture.pts, self.time_base, picture.duration
             yield Frame(rgb, *times, alpha=alpha, damaged=self.damaged)
 
@@ -486,16 +534,19 @@ class ImageFolderReader(_Reader):
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         self.width, self.height = _picture_size(self.files[0], limits)
-        self.bits = 8
+        self.bits, more = 8, 0
         for file in self.files:  # now rather than after hours of work
             size = _picture_size(file, limits)
             with explained(file, "read the picture"):
                 self.bits = max(self.bits, images.picture_bits(file))
+                more += images.has_more(file)
             if size != (self.width, self.height):
                 raise MediaError(
                     f"{file}: is {size[0]}x{size[1]}, but {self.files[0].name} is"
                     f" {self.width}x{self.height}; all pictures must have one size"
                 )
+        if more:
+            self._note(f"{more} of the files hold several pictures; the first of each is taken")
 
     def seek(self, pts: int | None) -> None:
         """Iterate from the frame with this time on; None: from the first one."""
@@ -542,11 +593,11 @@ class AnimationReader(_Reader):
     def __iter__(self) -> Iterator[Frame]:
         pts, stop = 0, None if self.end is None else 1000 * _exact(self.end)
         with explained(self.path, "read the animation"):
-            for rgb, alpha, duration in images.read_animation(self.path):
+            for rgb, alpha, duration, tags in images.read_animation(self.path, self._note):
                 if stop is not None and pts >= stop:
                     return
                 if pts >= self._first:
-                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha)
+                    yield Frame(rgb, pts, self.time_base, duration, alpha=alpha, tags=tags)
                 pts += duration or 40
 
 
@@ -583,6 +634,14 @@ def _check_size(path: Path, width: int, height: int) -> None:
             f"{path}: pictures of {width}x{height} are larger than {MAX_PIXELS} pixels;"
             " use --no-limits if you trust the file and have the memory"
         )
+
+
+def _color_tags(frame: av.VideoFrame) -> tuple[int, bool | None, int, int]:
+    """Matrix, whether the range is full (None: not said), primaries and transfer."""
+    full = frame.color_range == ColorRange.JPEG
+    if frame.color_range == ColorRange.UNSPECIFIED:
+        full = True if frame.format.name.startswith("yuvj") else None
+    return frame.colorspace, full, frame.color_primaries, frame.color_trc
 
 
 def _mastering(data: bytes) -> dict[str, tuple[Fraction, ...]] | None:

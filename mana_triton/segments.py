@@ -302,7 +302,7 @@ class Parts:
 
     def complete(self, name: str) -> None:
         """Record that the output waits in the folder under this name, to be moved from there."""
-        self._append({"complete": name})
+        self._append({"complete": name, "identity": _lasting(self.path / name)})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._manifest.open("ab") as manifest:
@@ -333,11 +333,24 @@ def sweep(output: Path) -> None:
         return
     _refuse_links(folder)
     lines = _lines(folder / "manifest")
-    name = lines[-1].get("complete") if lines else None
-    is_named = name is not None and not (folder / name).exists()
+    last = lines[-1] if lines else {}
+    is_named = (
+        "complete" in last
+        and not (folder / last["complete"]).exists()
+        and last.get("identity") == _lasting(output)  # else it is an older output
+    )
     if is_named or all(file.name == "lock" for file in folder.iterdir()):
         with explained(folder, "remove"):
             _remove(folder, _lock(folder, output))
+
+
+def _lasting(output: Path) -> list[int]:
+    """What tells a finished output from an older one of its name, and lasts when it is renamed.
+
+    Of a folder nothing does everywhere; but its pictures are never deleted where they wait.
+    """
+    stat = output.stat()
+    return [] if output.is_dir() else [stat.st_size, stat.st_mtime_ns]
 
 
 def _refuse_links(folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 Such a place shows in every sound and video that goes on behind it: the time of its next packet is
 far from that of its last one. All that follows is then moved by the same amount, so that nothing
-runs backwards and sound and picture stay together. Where one stream jumps and the others do not,
-nothing is moved: it is that stream's own mistake.
+runs backwards and sound and picture stay together. Where one stream jumps while the packets of
+another go on, nothing is moved: it is that stream's own mistake.
+
+A recording may lack a stream that others have. The stream's jump then reaches over all of that
+recording, and belongs to the places at both of its ends.
 """
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -23,27 +27,45 @@ from .frame import Timed, is_cover
 _IN_ORDER = {"mov", "mp4", "avi", "gif", "apng", "h264", "hevc", "m4v", "mjpeg", "obu", "dv"}
 
 
-@dataclass
-class _Joint:
-    """A place where times may begin anew, by stream: what came before it, and by how much it jumps.
+@dataclass(frozen=True, eq=False)
+class _Jump:
+    """Two packets of a stream in a row between which times may begin anew.
 
-    `gaps` are the seconds that a stream's packets from number `begins` on must be moved to follow
-    its last one; `counts` are all streams' packets before the first stream jumped.
+    Attributes:
+        after, at: their places in the file, in bytes; what lies between is of other streams.
+        begin: the number of the second among the packets of its stream.
+        gap: seconds by which it must be moved to follow the first; None before the first packet
+            of the stream and after the last one, where no times are.
+        others: how many packets of streams without a track there were before it.
     """
 
-    counts: Counter[int]
-    begins: dict[int, int] = field(default_factory=dict)
-    gaps: dict[int, Fraction] = field(default_factory=dict)
+    after: int
+    at: float
+    begin: int
+    gap: Fraction | None
+    others: Mapping[int, int]
 
 
 @dataclass
 class _Track:
-    """How far a stream has come: its joints, its last decoding time, and its ends, in seconds."""
+    """How far a sound or video has come: its jumps, its last packet and its ends, in seconds."""
 
-    joints: int = 0
+    jumps: list[_Jump] = field(default_factory=list)
+    count: int = 0
+    place: int = -1
     last: Fraction | None = None
+    lasts: Fraction = Fraction(0)
     decoded: Fraction = Fraction(0)
     shown: Fraction = Fraction(0)
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """A place between two packets of the file at which every sound and video jumps."""
+
+    after: int
+    at: float
+    jumps: dict[int, _Jump]
 
 
 class Timeline:
@@ -59,22 +81,30 @@ class Timeline:
         self.ends: dict[int, Fraction] = {}
         self._moves: dict[int, list[tuple[int, Fraction]]] = defaultdict(list)
         if not _IN_ORDER & set(container.format.name.split(",")):
-            self._settle(*_find(container))
+            self._settle(_find(container))
 
-    def _settle(
-        self, joints: list[_Joint], counts: Counter[int], tracks: dict[int, _Track]
-    ) -> None:
-        """Keep the joints at which every sound and video that goes on has jumped."""
+    def _settle(self, tracks: dict[int, _Track]) -> None:
+        """Move what lies behind each place at which all sounds and videos jump."""
         moved = Fraction(0)
-        for joint, after in pairwise([*joints, _Joint(counts)]):
-            going_on = {i for i in tracks if after.counts[i] > joint.counts[i] > 0}
-            if not going_on <= joint.begins.keys():
+        so_far = dict.fromkeys(tracks, moved)  # how far a stream's packets before are moved
+        joints = [joint.jumps for joint in _joints(tracks)]
+        for joint, following in pairwise([*joints, {}]):
+            # a jump over a recording without this stream counts where the next one has it again
+            here = {i: jump for i, jump in joint.items() if following.get(i) is not jump}
+            gaps = [so_far[i] + x.gap for i, x in here.items() if x.gap is not None]
+            if not gaps:
                 continue
-            moved += max(joint.gaps.values())
+            moved = max(gaps)
             self.joints += 1
-            for i in counts:
-                self._moves[i].append((joint.begins.get(i, joint.counts[i]), moved))
-        self.ends = {i: track.shown + moved for i, track in tracks.items()}
+            begins = {i: jump.begin for i, jump in here.items()}
+            # packets come a little later than they stand in the file, and not all equally
+            others = min((x.others for x in here.values()), key=lambda x: sum(x.values()))
+            for i, begin in {**others, **begins}.items():
+                self._moves[i].append((begin, moved))
+            so_far |= dict.fromkeys(here, moved)
+        for i, track in tracks.items():
+            ended = bisect_right(self._moves[i], track.count - 1, key=lambda move: move[0])
+            self.ends[i] = track.shown + (self._moves[i][ended - 1][1] if ended else 0)
 
     def along(self, packets: Iterable[Timed]) -> Iterator[Timed]:
         """The packets, from the start of the file on, with times that go on."""
@@ -84,22 +114,39 @@ class Timeline:
                 moves = self._moves[packet.stream.index]
                 number = counts[packet.stream.index]
                 counts[packet.stream.index] += 1
-                by = next((by for begin, by in reversed(moves) if number >= begin), 0)
-                ticks = round(by / packet.time_base)
+                begun = bisect_right(moves, number, key=lambda move: move[0])
+                ticks = round(moves[begun - 1][1] / packet.time_base) if begun else 0
                 packet.pts = None if packet.pts is None else packet.pts + ticks
                 packet.dts = None if packet.dts is None else packet.dts + ticks
             yield packet
 
 
-def _find(container: InputContainer) -> tuple[list[_Joint], Counter[int], dict[int, _Track]]:
-    """All places where a stream jumps, the packets of each stream, and each sound and video."""
+def _joints(tracks: dict[int, _Track]) -> list[_Joint]:
+    """The places that lie between two packets of every stream of which the second one jumps."""
+    joints = [_Joint(-1, float("inf"), {})]
+    for index, track in tracks.items():
+        narrowed, mine = [], iter(track.jumps)
+        jump = next(mine, None)
+        for joint in joints:
+            while jump is not None and jump.after < joint.at:
+                after, at = max(joint.after, jump.after), min(joint.at, jump.at)
+                if after < at:
+                    narrowed.append(_Joint(after, at, joint.jumps | {index: jump}))
+                if jump.at > joint.at:  # it may belong to the next one, too
+                    break
+                jump = next(mine, None)
+        joints = narrowed
+    return joints
+
+
+def _find(container: InputContainer) -> dict[int, _Track]:
+    """Each sound and video with all places at which it jumps, begins and ends."""
     # transport streams tell decoding times; those that FFmpeg makes up are disordered behind a jump
     broadcast = bool(container.format.flags & Flags.ts_discont.value)
     back, ahead = (Fraction(1, 10), 3600) if broadcast else (1, float("inf"))
     timed = [s for s in container.streams if s.type in ("audio", "video") and not is_cover(s)]
-    counts: Counter[int] = Counter()
     tracks = {stream.index: _Track() for stream in timed}
-    joints: list[_Joint] = []
+    others: Counter[int] = Counter()
     packets: Any = container.demux()
     while True:
         try:
@@ -107,19 +154,37 @@ def _find(container: InputContainer) -> tuple[list[_Joint], Counter[int], dict[i
         except FFmpegError:  # the reader stops here, too
             packet = None
         if packet is None:
-            return joints, counts, tracks
-        index, track = packet.stream.index, tracks.get(packet.stream.index)
-        if track and packet.dts is not None:
-            decoded = packet.dts * packet.time_base
-            shown = decoded if packet.pts is None else packet.pts * packet.time_base
-            if track.last is not None and not -back <= decoded - track.last <= ahead:
-                if track.joints == len(joints):  # no other stream has jumped before
-                    joints.append(_Joint(counts.copy()))
-                track.joints = len(joints)
-                joints[-1].begins[index] = counts[index]
-                joints[-1].gaps[index] = max(track.decoded - decoded, track.shown - shown)
-                track.shown = shown
-            lasts = (packet.duration or 0) * packet.time_base
-            track.last, track.decoded = decoded, decoded + lasts
-            track.shown = max(track.shown, shown + lasts)
-        counts[index] += 1
+            break
+        track = tracks.get(packet.stream.index)
+        if track is None:
+            others[packet.stream.index] += 1
+        else:
+            if not track.count:
+                track.jumps.append(_Jump(-1, max(packet.pos or 0, 0), 0, None, others.copy()))
+            place = max(track.place, packet.pos or 0)  # packets that begin in one block share it
+            if packet.dts is not None:
+                _follow(track, packet, place, back, ahead, others)
+            track.count, track.place = track.count + 1, place
+    for track in tracks.values():
+        track.jumps.append(_Jump(track.place, float("inf"), track.count, None, others))
+    return tracks
+
+
+def _follow(
+    track: _Track, packet: Timed, place: int, back: Any, ahead: Any, others: Counter[int]
+) -> None:
+    """Take the times of a stream's next packet, and note if they are far from the last ones."""
+    decoded = packet.dts * packet.time_base
+    shown = decoded if packet.pts is None else packet.pts * packet.time_base
+    step = None if track.last is None else decoded - track.last
+    far = step is not None and not -back <= step <= ahead
+    if far and place > track.place:
+        gap = max(track.decoded - decoded, track.shown - shown)
+        track.jumps.append(_Jump(track.place, place, track.count, gap, others.copy()))
+        track.shown = shown
+    if packet.duration:
+        track.lasts = packet.duration * packet.time_base
+    elif step is not None and step > 0 and not far:  # as it mostly is in transport streams
+        track.lasts = step
+    track.last, track.decoded = decoded, decoded + track.lasts
+    track.shown = max(track.shown, shown + track.lasts)

@@ -1,6 +1,7 @@
 """Small videos for the tests, made with PyAV alone and colored by formula, not by swscale."""
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
 KR_KB = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
 CODE = {"bt601": 6, "bt709": 1, "bt2020": 9, None: 2}
@@ -67,7 +69,7 @@ def write_video(
     color: tuple[int, int, int, int] = (2, 2, 2, 0),
     aspect: Fraction | None = None,
     rotation: tuple[float, bool] | None = None,
-    audio: bool = False,
+    audio: bool | str = False,
     metadata: dict[str, str] | None = None,
     chapters: Sequence[tuple[int, int, str]] = (),
     cover: bool = False,
@@ -88,7 +90,8 @@ def write_video(
             context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation[0], hflip=rotation[1])
-        sound: Any = container.add_stream("aac", 48000) if audio else None
+        kind = audio if isinstance(audio, str) else "aac"
+        sound: Any = container.add_stream(kind, 48000) if audio else None
         image: Any = None
         if sound:
             sound.metadata.update(language="deu", title="Ton")
@@ -118,6 +121,24 @@ def write_video(
         container.mux(stream.encode(None))
         if sound:
             container.mux(sound.encode(None))
+    return path
+
+
+def write_photos(path: Path, pictures: Sequence[np.ndarray]) -> Path:
+    """An MJPEG video as cameras make them: EXIF in every frame, here an artist and a turn by 90."""
+    exif = Image.Exif()
+    exif[274], exif[315] = 6, "artist"
+    with av.open(str(path), "w") as container:
+        height, width = pictures[0].shape[:2]
+        stream: Any = container.add_stream("mjpeg", 25, width=width, height=height)
+        stream.pix_fmt = "yuvj420p"
+        for number, picture in enumerate(pictures):
+            photo = io.BytesIO()
+            Image.fromarray(picture).save(photo, "jpeg", exif=exif)
+            packet = av.Packet(photo.getvalue())
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 25), stream, True
+            container.mux(packet)
     return path
 
 

@@ -11,7 +11,7 @@ import av
 import media
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from test_video import DEMO, FAST, LOSSLESS, PICTURES, convert, hashes, read_all, read_subtitles
 
 from mana_triton import images
@@ -540,6 +540,94 @@ def test_tags_that_do_not_fit_are_left_out_aloud(tmp_path, monkeypatch):
     with open_reader(tmp_path / "in") as reader:
         assert [np.array_equal(frame.rgb, PICTURES[0]) for frame in reader] == [True]
         assert reader.notes == ["EXIF is damaged and left out"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_texts_resolution_and_color_tags_of_png_are_kept(kind, tmp_path):
+    """They were dropped without a word."""
+    (tmp_path / "in").mkdir()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Title", "hello")
+    info.add_text("Author", "me", zip=True)
+    info.add_itxt("Description", "\u00fcn\u00ef")
+    tags = {
+        b"gAMA": struct.pack(">I", 45455),
+        b"cHRM": struct.pack(">8I", *[31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600]),
+        b"cICP": bytes([9, 16, 0, 1]),
+    }
+    for name, content in tags.items():
+        info.add(name, content)
+    info.add(b"vpAg", b"private")
+    source = tmp_path / "in" / "a.png"
+    Image.fromarray(PICTURES[0]).save(source, pnginfo=info, dpi=(300, 300))
+    if kind == "uint16":
+        chunks = [x for x in images._chunks(source.read_bytes()) if x[0][:1].islower()]
+        images.write_picture(source, PICTURES[0].astype(kind) * 257)
+        data = source.read_bytes()
+        kept = [x for x in images._chunks(data) if x[0] in (b"IDAT", b"IEND")]
+        source.write_bytes(data[:33] + b"".join(images._chunk(*x) for x in [*chunks, *kept]))
+    reader, _ = convert(tmp_path / "in", tmp_path / "out")
+    assert reader.notes == ["metadata of pictures not kept: vpAg"]
+    output = tmp_path / "out" / "a.png"
+    found = list(images._chunks(output.read_bytes()))
+    assert len({name for name, _ in found} & set(tags)) == len(tags)
+    assert all(content == tags[name] for name, content in found if name in tags)
+    assert [name for name, _ in found].count(b"pHYs") == 1
+    with Image.open(output) as image, Image.open(source) as before:
+        assert image.text == before.text == {  # pyright: ignore[reportAttributeAccessIssue]
+            "Title": "hello", "Author": "me", "Description": "\u00fcn\u00ef"
+        }  # fmt: skip
+        assert image.info["dpi"] == before.info["dpi"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_huge_color_profile_is_left_out_aloud(name, tmp_path):
+    """Pillow could not open what was written, and called such a PNG file damaged."""
+    (tmp_path / "in").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile += np.random.default_rng(0).bytes(1500000)
+    profile = struct.pack(">I", len(profile)) + profile[4:]
+    Image.fromarray(PICTURES[0]).save(tmp_path / "in" / name, icc_profile=profile)
+    reader, _ = convert(tmp_path / "in", tmp_path / "out")
+    assert reader.notes == ["color profiles and texts of more than 1 MiB are left out"]
+    [picture], [before] = read_all(tmp_path / "out"), read_all(tmp_path / "in")
+    assert np.array_equal(picture.rgb[::4, ::4], before.rgb)
+    assert np.abs(before.rgb.astype(int) - PICTURES[0]).max() <= (0 if name == "a.png" else 20)
+
+
+def test_what_an_animation_and_a_single_picture_have_beside(tmp_path):
+    """An animation keeps it in every picture of a folder; a picture read as a video names it."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    frames = [Image.fromarray(picture) for picture in PICTURES[:3]]
+    source = tmp_path / "a.webp"
+    frames[0].save(source, save_all=True, append_images=frames[1:], icc_profile=profile)
+    convert(source, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        with Image.open(file) as image:
+            assert image.info["icc_profile"] == profile
+    frames[0].save(tmp_path / "a.jpg", icc_profile=profile)
+    with open_reader(tmp_path / "a.jpg") as reader:
+        lost = "color profile of a single picture left out; put it into a folder"
+        assert reader.notes.count(lost) == 1
+
+
+def test_pictures_that_are_more_or_other_than_they_seem(tmp_path):
+    """Further pages were dropped silently, 5-6-5 bits were 16, and floats damage."""
+    frames = [Image.fromarray(picture) for picture in PICTURES[:3]]
+    for name in ("a.webp", "b.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "c.png")
+    pixels = np.arange(32 * 48).astype("<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 48, 32, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    size = struct.pack("<IHHI", 14 + len(head) + len(pixels), 0, 0, 14 + len(head))
+    (tmp_path / "d.bmp").write_bytes(b"BM" + size + head + pixels)
+    with open_reader(tmp_path) as reader:
+        assert reader.bits == 8
+        assert reader.notes == ["2 of the files hold several pictures; the first of each is taken"]
+    Image.fromarray(np.zeros((32, 48), np.float32)).save(tmp_path / "e.tif")
+    with pytest.raises(MediaError, match=r"e\.tif: .* floating-point numbers; convert it to 16"):
+        open_reader(tmp_path)
 
 
 def test_transparency_of_a_video_is_dropped_aloud(tmp_path):

@@ -41,8 +41,9 @@ def intact(tmp_path_factory) -> Path:
         "audio": True, "metadata": {"title": "x"}, "chapters": [(0, 100, "a")],
         "aspect": Fraction(4, 3),
     }  # fmt: skip
-    for suffix in ("mp4", "mov", "nut", "ts"):
+    for suffix in ("mp4", "mov", "ts"):
         media.write_video(folder / f"{suffix}.{suffix}", PICTURES, rotation=(90, False), **rich)
+    media.write_photos(folder / "nut.nut", PICTURES)
     source = media.write_video(parts / "a.mkv", PICTURES, attachment=b"font" * 9, **rich)
     media.add_subtitles(folder / "mkv.mkv", source, [(10, 50, "one"), (60, 100, "two")])
     (folder / "mkv.srt").unlink()

@@ -557,6 +557,21 @@ def test_a_folder_of_videos_to_another_folder(cli, tmp_path):
     assert not (tmp_path / "one.mp4").exists()
 
 
+def test_videos_called_as_results_are_enlarged_to_another_folder(cli, tmp_path):
+    """They were left alone without a word."""
+    films, results = tmp_path / "films", tmp_path / "results"
+    films.mkdir()
+    for name in ("a.mp4", "b_x4.mp4"):
+        write_clip(films / name, 2)
+    code, _, stderr = cli(films, *FAST)
+    assert code == 0
+    assert "note: taken for results and left alone: b_x4.mp4" in stderr
+    assert not (films / "b_x4_x4.mp4").exists()
+    code, _, stderr = cli(films, "-o", results, *FAST)
+    assert (code, "left alone" in stderr) == (0, False)
+    assert {"a_x4.mp4", "b_x4_x4.mp4"} <= {file.name for file in results.iterdir()}
+
+
 def test_two_videos_of_a_folder_may_not_become_one(cli, tmp_path):
     """They fail, the rest is done; nor may their previews, whose names end alike."""
     for name in ("a.avi", "a.mkv", "a.mp4", "b.mp4"):

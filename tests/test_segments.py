@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import av
 import faults
 import media
 import numpy as np
+import PIL
 import pytest
 import torch
 from faults import Runner
@@ -27,13 +29,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mana_triton import checkpoint, images
+from mana_triton import checkpoint, images, infer
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.segments import (
     LENGTH,
     Changed,
     Parts,
     Trail,
+    _differences,
     frames_after,
     input_identity,
     open_resumable,
@@ -142,17 +145,31 @@ def whole(clip, weights, runner, tmp_path_factory) -> dict[str, Any]:
     return results
 
 
+def put_older(output: Path) -> None:
+    """Another output of the same name, which --overwrite is to replace."""
+    if output.suffix:
+        output.write_bytes(b"older")
+    else:
+        output.mkdir()
+        (output / "older.png").write_bytes(b"older")
+
+
+def is_older(output: Path) -> bool:
+    file = output if output.suffix else output / "older.png"
+    return file.is_file() and file.read_bytes() == b"older"
+
+
 def assert_survives(arguments: list[object], output: Path, runner: Runner, expected: list) -> int:
-    """The output is absent or whole, and the same command ends with the expected result.
+    """The output is absent, whole or the older one, and the same command gives what is expected.
 
     Returns how many frames the second run found done.
     """
-    if output.exists():
+    was_done = output.exists() and not is_older(output)
+    if was_done:
         assert content(output) == expected
     parts = output.with_name(f"{output.name}.parts")
-    was_done = output.exists()
     run = runner(*arguments)
-    if was_done:
+    if was_done and "--overwrite" not in arguments:
         assert run.code == 1
         assert "exists; use --overwrite" in run.err
     else:
@@ -227,11 +244,62 @@ def test_killed_at_operations_on_files(suffix, clip, weights, runner, whole, tmp
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
-def test_killed_at_every_operation_on_files(suffix, clip, weights, runner, whole, tmp_path):
-    try_points(suffix, clip, weights, runner, whole, tmp_path, tries=1 << 30)
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_killed_at_every_operation_on_files(flags, suffix, clip, weights, runner, whole, tmp_path):
+    try_points(suffix, clip, weights, runner, whole, tmp_path, 1 << 30, flags)
 
 
-def try_points(suffix, clip, weights, runner, whole, tmp_path, tries) -> None:
+@pytest.mark.parametrize("suffix", [".mp4", ""], ids=["video", "pictures"])
+def test_killed_while_an_older_output_is_replaced(suffix, clip, weights, runner, whole, tmp_path):
+    try_points(suffix, clip, weights, runner, whole, tmp_path, 3, ("--overwrite",))
+
+
+@pytest.mark.parametrize("fault", ["stopped", "no renaming"])
+@pytest.mark.parametrize("name", ["clip_x4.mp4", "clip_x4"])
+def test_an_older_output_is_not_taken_for_the_finished_one(
+    name, fault, clip, tmp_path, monkeypatch
+):
+    """Finished segments were deleted as what is left of a run that had named its output."""
+    output = tmp_path / name
+    put_older(output)
+    settings: dict[str, Any] = {"job": {}, "length": 6, "overwrite": True}
+    settings |= {"options": VERYFAST} if output.suffix else {}
+    complete, replace = Parts.complete, Path.replace
+
+    def stopped(parts, name) -> None:
+        complete(parts, name)
+        raise KeyboardInterrupt
+
+    def refused(path, target) -> Path:
+        if target == output:
+            raise PermissionError(1, "Operation not permitted")
+        return replace(path, target)
+
+    def work() -> int:
+        with open_reader(clip) as reader:
+            writer = open_resumable(output, reader, reader.width, reader.height, **settings)
+            found, trail = writer.number, Trail(3, writer.done)
+            for frame in frames_after(reader, writer.done):
+                seen = trail.see(frame)[1]
+                if seen.number > found:
+                    writer.write(frame.rgb, frame, seen)
+            writer.close()
+        return found
+
+    with monkeypatch.context() as faulty:
+        if fault == "stopped":
+            faulty.setattr(Parts, "complete", stopped)
+        else:
+            faulty.setattr(Path, "replace", refused)
+        with pytest.raises((KeyboardInterrupt, MediaError)):
+            work()
+    assert is_older(output) or not (output.exists() or output.suffix)
+    assert work() == COUNT
+    assert not is_older(output)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def try_points(suffix, clip, weights, runner, whole, tmp_path, tries, flags=()) -> None:
     output = tmp_path / "probe" / f"clip_x4{suffix}"
     output.parent.mkdir()
     total = runner(*command(clip, weights, output)).operations
@@ -242,7 +310,9 @@ def try_points(suffix, clip, weights, runner, whole, tmp_path, tries) -> None:
     for point in chosen:
         output = tmp_path / str(point) / f"clip_x4{suffix}"
         output.parent.mkdir()
-        arguments = command(clip, weights, output)
+        if flags:
+            put_older(output)
+        arguments = [*command(clip, weights, output), *flags]
         run = runner(*arguments, kill_at=point)
         assert run.code == -9, (point, run)
         resumed.append(assert_survives(arguments, output, runner, whole[suffix]))
@@ -437,6 +507,27 @@ def test_changed_weights_are_refused(begun, runner, tmp_path):
     checkpoint.save(other, tmp_path / "other.safetensors")
     run = runner(*begun, "-n", tmp_path / "other.safetensors")
     assert_refused(run, "other weights", tmp_path / "clip_x4.mp4.parts")
+
+
+def test_another_processor_or_program_is_another_job(clip, weights, tmp_path, monkeypatch):
+    """Work that was begun on a processor with AVX-512 went on, with other frames, without it."""
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pictures()[0]).save(tmp_path / "pictures" / "a.png")
+    args, upscaler = infer.parse_args([str(clip)]), Upscaler(weights, device="cpu")
+
+    def jobs() -> list[dict[str, Any]]:
+        found = []
+        for source in (clip, tmp_path / "pictures"):
+            with open_reader(source) as reader:
+                found.append(infer._job(reader, upscaler, args))
+        return found
+
+    before = jobs()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
+    monkeypatch.setattr(PIL, "__version__", "0")
+    video, folder = ("; ".join(_differences(*pair)) for pair in zip(before, jobs(), strict=True))
+    assert re.fullmatch(r"processor cpu \w+ \(now other\)", video)
+    assert re.fullmatch(r"processor cpu \w+ \(now other\); software PIL [\d.]+ \(now 0\)", folder)
 
 
 @pytest.mark.parametrize("change", ["content", "time", "length"])

@@ -8,7 +8,9 @@ import sys
 import textwrap
 import threading
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import av
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mana_triton.timeline import Timeline
 from mana_triton.video import (
     Frame,
     ImageFolderReader,
@@ -166,6 +169,16 @@ def test_every_orientation_survives(degrees, mirrored, tmp_path):
     assert (matrices[0] is None) == (degrees == 0 and not mirrored)
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".mkv", ".nut"])
+def test_photos_with_exif_are_read(suffix, tmp_path):
+    """PyAV has no name for EXIF beside a frame, and could tell nothing then, not even the turn."""
+    source = media.write_photos(tmp_path / f"a{suffix}", PICTURES[:3])
+    with open_reader(source) as reader:
+        assert reader.rotation in (90, -90)
+        assert reader.display_matrix is not None
+        assert len(list(reader)) == 3
+
+
 def test_subtitles_fonts_and_covers(tmp_path):
     lines = [(100, 500, "eins"), (600, 1200, "zwei äöü")]
     source = media.write_video(tmp_path / "v.mkv", PICTURES, audio=True, attachment=b"font" * 99)
@@ -263,6 +276,97 @@ def test_joined_recordings_follow_each_other(suffix, counts, tmp_path):
     assert len(wanted) >= 10
 
 
+@pytest.mark.parametrize("with_sound", ["oxx", "xox", "xxo", "xoox", "oxo"])
+def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
+    """The jump of sound over a silent recording was taken for that of the picture before it."""
+    kinds = {
+        kind: media.write_video(tmp_path / f"{kind}.ts", PICTURES[:count], audio=kind == "x")
+        for kind, count in (("x", 40), ("o", 30))
+    }
+    source = tmp_path / "joined.ts"
+    source.write_bytes(b"".join(kinds[kind].read_bytes() for kind in with_sound))
+    with av.open(str(source)) as container:
+        timeline = Timeline(container)
+    assert timeline.joints == len(with_sound) - 1
+    times: dict[str, list[list[Fraction]]] = {"video": [[]], "audio": [[]]}
+    with av.open(str(source)) as container:
+        for packet in timeline.along(container.demux()):
+            if packet.size and packet.pts is not None:
+                times[packet.stream.type][-1].append(packet.pts * packet.stream.time_base)
+    [frames], [sounds] = ([sorted(x) for x in times[kind]] for kind in ("video", "audio"))
+    steps = [after - before for before, after in pairwise(frames)]
+    assert min(steps) > 0
+    assert max(steps) < Fraction(1, 10)
+    assert timeline.ends[0] == frames[-1] + Fraction(1, 25)
+    for kind in with_sound:  # each recording's sound beside its pictures, as it was
+        alone = media.frame_times(kinds[kind])
+        moved, frames = frames[0] - alone[0], frames[len(alone) :]
+        heard = [time for time, _ in media.packets(kinds[kind], "audio")] if kind == "x" else []
+        now, sounds = sounds[: len(heard)], sounds[len(heard) :]
+        assert all(abs(b - a - moved) < Fraction(1, 1000) for a, b in zip(heard, now, strict=True))
+    assert frames == sounds == []
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".ts"])
+def test_sound_that_begins_late_is_kept(suffix, tmp_path, monkeypatch):
+    """FFmpeg tells no rate of it at first, and it was refused with an advice of no use."""
+    silent = media.write_video(tmp_path / "o.ts", PICTURES)
+    part = media.write_video(tmp_path / "x.ts", PICTURES, audio="mp2")
+    source, out = tmp_path / "joined.ts", tmp_path / f"out{suffix}"
+    source.write_bytes(silent.read_bytes() + 2 * part.read_bytes())
+    with av.open(str(source)) as container:
+        assert container.streams.audio[0].codec_context.sample_rate == 0
+    _, writer = convert(source, out)
+    assert not any("left out" in note for note in writer.notes)
+    assert hashes(out) == 2 * hashes(part)
+    with av.open(str(out)) as container:
+        context = container.streams.audio[0].codec_context
+        assert (context.sample_rate, context.layout.name) == (48000, "stereo")
+    monkeypatch.setattr("mana_triton.copier._first_sound", lambda *_: None)
+    _, writer = convert(source, out, overwrite=True)
+    assert [note for note in writer.notes if "nothing of it can be decoded" in note]
+    with av.open(str(out)) as container:
+        assert not container.streams.audio
+
+
+def test_a_stream_that_jumps_alone_spoils_no_place_behind_it(tmp_path):
+    """The next place at which all begin anew was taken for a part of it, and nothing was moved."""
+    first = media.write_video(tmp_path / "a.ts", PICTURES, audio=True)
+    later = media.write_video(tmp_path / "b.ts", PICTURES, pts=range(144000, 288000, 3600))
+    packets = [first.read_bytes()[i : i + 188] for i in range(0, first.stat().st_size, 188)]
+    again = [packet for packet in packets if packet[1] & 31 == 1 and packet[2] == 1]  # of 0x101
+    source = tmp_path / "joined.ts"
+    start, end = later.read_bytes()[: 20 * 188], later.read_bytes()[20 * 188 :]
+    source.write_bytes(first.read_bytes() + start + b"".join(again) + end + first.read_bytes())
+    with av.open(str(source)) as container:
+        assert Timeline(container).joints == 1
+
+
+class CountedList(list):
+    """Counts how often one of its items is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key):
+        self.looks += 1
+        return super().__getitem__(key)
+
+    def __reversed__(self):
+        for number in range(len(self) - 1, -1, -1):
+            yield self[number]
+
+
+def test_places_are_found_in_a_moment(tmp_path):
+    """Every packet looked at every place before it: 20,000 places took minutes."""
+    packets = [SimpleNamespace(size=1, pts=0, dts=0, time_base=Fraction(1, 25),
+        stream=SimpleNamespace(index=0)) for _ in range(20000)]  # fmt: skip
+    timeline = cast(Any, Timeline.__new__(Timeline))
+    moves = [(number, Fraction(number, 25)) for number in range(20000)]
+    timeline.joints, timeline._moves = len(moves), {0: CountedList(moves)}
+    assert [packet.pts for packet in timeline.along(packets)] == list(range(20000))
+    assert timeline._moves[0].looks < 20 * 20000
+
+
 def test_a_stream_that_jumps_alone_moves_nothing_else(tmp_path):
     """Sound that begins anew while the picture goes on; the copying ended there."""
     first = media.write_video(tmp_path / "a.ts", PICTURES, audio=True).read_bytes()
@@ -270,7 +374,8 @@ def test_a_stream_that_jumps_alone_moves_nothing_else(tmp_path):
     source = tmp_path / "joined.ts"
     packets = [first[i : i + 188] for i in range(0, len(first), 188)]
     again = [packet for packet in packets if packet[1] & 31 == 1 and packet[2] == 1]  # of 0x101
-    source.write_bytes(first + later.read_bytes() + b"".join(again))
+    start, end = later.read_bytes()[: 20 * 188], later.read_bytes()[20 * 188 :]
+    source.write_bytes(first + start + b"".join(again) + end)
     reader, writer = convert(source, tmp_path / "out.ts")
     assert "times of stream 1 that ran backwards were corrected" in writer.notes
     assert not any("anew" in note for note in reader.notes)
@@ -331,6 +436,35 @@ def test_known_colors_decode(matrix, full_range, codec, form, bits, tmp_path):
     assert (reader.colorspace, reader.color_guessed) == (matrix, False)
     assert reader.color_range == ("full" if full_range else "limited")
     assert np.abs(decoded - patches()).max() <= 2 / 2 ** (bits - 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "noted"),
+    [
+        ((1, 1, 1, 1), (6, 6, 6, 1), 2),
+        ((6, 6, 6, 1), (6, 6, 6, 2), 1),
+        ((1, 1, 1, 2), (1, 1, 1, 1), 1),
+        ((1, 1, 1, 1), (9, 9, 16, 1), 2),
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0),
+    ],
+    ids=["matrix", "to full", "to limited", "to PQ", "none"],
+)
+def test_colors_that_change_midway(before, after, noted, tmp_path):
+    """All were decoded by the matrix and range of the first frame."""
+    names = {1: "bt709", 6: "bt601", 9: "bt2020"}
+    parts = []
+    for number, color in enumerate((before, after)):
+        planes = media.rgb_to_yuv(patches(), names[color[0]], color[3] == 2)
+        parts.append(tmp_path / f"{number}.ts")
+        media.write_video(parts[-1], [planes] * 20, "yuv444p", pix_fmt="yuv444p",
+            options=LOSSLESS, color=color)  # fmt: skip
+    source = tmp_path / "joined.ts"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with open_reader(source) as reader:
+        decoded = [frame.rgb.astype(int) for frame in reader]
+    assert len(decoded) == 40
+    assert max(np.abs(rgb - patches()).max() for rgb in decoded) <= 2
+    assert len([note for note in reader.notes if "of the colors change" in note]) == noted
 
 
 @pytest.mark.parametrize(
