@@ -242,7 +242,13 @@ class VideoReader(_Reader):
 
     def _describe(self, first: Timed) -> None:
         self.width, self.height, self.rotation = first.width, first.height, first.rotation
-        side_data = {data.type.name: bytes(data) for data in first.side_data}
+        side_data: dict[str, bytes] = {}
+        # PyAV frees the name of a profile that side data hold although it is the frame's, and
+        # PNG's decoder is the one that names them
+        if self._stream.codec_context.name not in ("png", "apng"):
+            side_data = {data.type.name: bytes(data) for data in first.side_data}
+        elif first.rotation:
+            self._note("the picture is not turned, though its EXIF asks for it")
         matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None

@@ -20,7 +20,7 @@ import pytest
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mana_triton.timeline import Timeline
 from mana_triton.video import (
@@ -1048,3 +1048,20 @@ def test_what_came_into_the_output_folder_meanwhile_stays(name, message, tmp_pat
         writer.close()
     writer.abort()
     assert [file.read_text() for file in out.iterdir()] == ["precious"]
+
+
+def test_named_profiles_of_pictures_do_no_harm(tmp_path):
+    """PyAV frees the profile's name twice: a process that asks for it dies sooner or later."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (16, 12)).save(tmp_path / "picture.png", icc_profile=profile)
+    code = """
+    import sys
+    from mana_triton.video import open_reader
+
+    for _ in range(100):
+        with open_reader(sys.argv[1]) as reader:
+            assert len(list(reader)) == 1
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "picture.png")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
