@@ -41,7 +41,7 @@ from mana_triton import MANA, export, load
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.data import SCALE, DataError, degrade
 from mana_triton.metrics import psnr
-from mana_triton.stream import Upscaler, mirror
+from mana_triton.stream import Upscaler, window_numbers
 
 LEAST = {"fp32": 80.0, "bf16": 50.0, "fp16": 50.0}  # dB between the outputs
 MOST = 0.02  # dB by which the PSNR against the originals may move
@@ -89,11 +89,7 @@ def clips_in(folder: Path, frames: int) -> Iterator[Clip]:
 
 def windows(length: int, frames: int) -> list[list[int]]:
     """The numbers of the frames around each one of a clip, mirrored at its ends."""
-    reach = frames // 2
-    return [
-        [mirror(i, 0, length - 1) for i in range(center - reach, center + reach + 1)]
-        for center in range(length)
-    ]
+    return [window_numbers(center, 0, length - 1, frames) for center in range(length)]
 
 
 @torch.no_grad()

@@ -44,12 +44,12 @@ from eval.peers import augmented_sdpa, block_mask, eager, flex, flex_blocks, mas
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.batches import Batches
 from mana_triton.kernels import reference
-from mana_triton.stream import Upscaler, mirror
+from mana_triton.stream import Upscaler, window_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/test_cross_frame_kernel.py",
-    "tests/test_memory_kernel.py",
+    "tests/test_small_kernels.py",
     "tests/test_batches.py",
 )
 SIZES = ((64, 112), (144, 180), (270, 480))
@@ -292,7 +292,7 @@ def latency(model: MANA, pictures: np.ndarray) -> dict[str, float]:
     for n in range(TRIES):
         began = time.perf_counter()
         batches.encode([frames[n % len(frames)]], [n])
-        batches.enlarge([[mirror(i, 0, n) for i in range(n - t + 1, n + 1)]]).wait()
+        batches.enlarge([window_numbers(n - t // 2, 0, n, t)]).wait()
         times.append(1000 * (time.perf_counter() - began))
     p20, ms, p80 = np.percentile(times[TRIES // 4 :], [20, 50, 80]).tolist()
     return {"ms": ms, "p20": p20, "p80": p80}

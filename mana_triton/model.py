@@ -97,10 +97,6 @@ class ResidualBlock(nn.Module):
         return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x)
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _zero_projection(inputs: int, outputs: int) -> nn.Conv2d:
     """A 1 x 1 convolution that starts at zero."""
     project = nn.Conv2d(inputs, outputs, 1)
@@ -197,7 +193,7 @@ class MANA(nn.Module):
 
         f: [N, C, H, W] -> scale, shift [N, C], in float32 at least.
         """
-        groups, work = self.norm.num_groups, _at_least_float32(f.dtype)
+        groups, work = self.norm.num_groups, torch.promote_types(f.dtype, torch.float32)
         pixels = rearrange(f, "n c h w -> n (h w) c")
         # part by part, for the caches' sake, and of single channels first: sums over memory as it
         # lies are ten times faster on a CPU

@@ -227,11 +227,11 @@ class Upscaler:
         Raises:
             ValueError: a frame of another kind or size.
         """
-        frames = iter(frames)
-        if (head := next(frames, None)) is None:
+        given = self._given(frames, first, is_cut or self._cuts())
+        if (head := next(given, None)) is None:
             return
-        given = self._given(chain([head], frames), first, is_cut or self._cuts())
-        if self.plan_for(*_pixels(head).shape[:2]).batch:
+        given = chain([head], given)
+        if self.plan_for(*head.pixels.shape[:2]).batch:
             yield from self._in_batches(given, first)
         else:
             yield from self._one_by_one(given)
@@ -339,13 +339,9 @@ class Upscaler:
         """The first `count` of the frames that wait, which leave them, and their results."""
         last = {scene: item.number for item, scene in waiting}
         ready = [waiting.popleft() for _ in range(count)]
-        windows = [self._numbers(item.number, scene, last[scene]) for item, scene in ready]
+        length = self.model.config.frames
+        windows = [window_numbers(item.number, scene, last[scene], length) for item, scene in ready]
         return [item for item, _ in ready], enlarge(windows)
-
-    def _numbers(self, center: int, first: int, last: int) -> list[int]:
-        """Of the frames at the places of a window, in a scene from first to last."""
-        around = range(center - self.reach, center + self.reach + 1)
-        return [mirror(i, first, last) for i in around]
 
     @property
     def reach(self) -> int:
@@ -434,7 +430,7 @@ class Upscaler:
         """The window of the first of the frames that wait, which leaves them."""
         end = max(e.number for e in waiting if e.scene == waiting[0].scene)
         center = waiting.popleft()
-        numbers = self._numbers(center.number, center.scene, end)
+        numbers = window_numbers(center.number, center.scene, end, self.model.config.frames)
         different = sorted(set(numbers), key=lambda number: number % self.model.config.frames)
         frames = [next(e for e in recent if e.number == number) for number in different]
         window = _Window(center, [different.index(number) for number in numbers], frames)
@@ -625,6 +621,12 @@ def mirror(index: int, first: int, last: int) -> int:
     period = max(2 * (last - first), 1)
     offset = (index - first) % period
     return first + min(offset, period - offset) if last > first else first
+
+
+def window_numbers(center: int, first: int, last: int, length: int) -> list[int]:
+    """The frames at the `length` places of a window, in a scene from first to last."""
+    start = center - length // 2
+    return [mirror(i, first, last) for i in range(start, start + length)]
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:

@@ -33,6 +33,8 @@ from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
 from mana_triton.kernels import cross_frame, reference, tuning
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = ("cross_frame_forward", "cross_frame_lse", "cross_frame_dq", "cross_frame_dkv")
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
@@ -49,15 +51,6 @@ SHAPES = {  # B, T, H, W, D
 }
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # the interpreter is slow with small ones
 SMALL_BLOCKS = ((32, 32), (32, 64), (64, 32))  # what a GPU with 99 KiB has room for in float32
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

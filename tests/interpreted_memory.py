@@ -1,6 +1,6 @@
 """The memory bank's kernels against float64, on the GPU or in Triton's interpreter.
 
-Run by test_memory_kernel.py in a process of its own: the interpreter has to be chosen before the
+Run by test_small_kernels.py in a process of its own: the interpreter has to be chosen before the
 kernels are defined. It computes bfloat16 products wrongly, so those are for the GPU.
 """
 
@@ -18,6 +18,8 @@ from mana_triton.attention import memory_loss
 from mana_triton.kernels import memory as kernels
 from mana_triton.kernels import reference, tuning
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = {  # B, H, W, D, N
     "one-pixel": (1, 1, 1, 16, 3),
@@ -30,15 +32,6 @@ SHAPES = {  # B, H, W, D, N
 }
 NAMES = ("y", "dq", "dmemory", "dscale")
 LAUNCH = {"num_warps": 4, "num_stages": 2, "WARP_SPECIALIZE": False}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(shape, dtype, scale=0.37, gain=1.0, seed=0):

@@ -1,6 +1,6 @@
 """Projections to tiles, and the attention of tiles, against float64.
 
-Run by test_projection_kernel.py in a process of its own, on the GPU or in Triton's interpreter,
+Run by test_small_kernels.py in a process of its own, on the GPU or in Triton's interpreter,
 which has to be chosen before the kernels are defined. It computes bfloat16 products wrongly, so
 those are for the GPU.
 """
@@ -26,6 +26,8 @@ from mana_triton.kernels import cross_frame, projection, reference, tuning
 from mana_triton.kernels.tiles import TILE, tiles_in, to_tiles
 from mana_triton.stream import Upscaler
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = {  # N, H, W, C, D
@@ -36,15 +38,6 @@ SHAPES = {  # N, H, W, C, D
     "widest": (1, 3, 5, 256, 128),
     "wide-features": (2, 5, 7, 128, 16),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
