@@ -392,7 +392,8 @@ def _with_progress(results: Iterator, total: int | None, resumed: int = 0) -> Ge
             fps = done / (time.perf_counter() - began)
             progress.update(task, completed=resumed + done, rate=f"{fps:.2f} fps")
         # containers only estimate their number of frames
-        progress.update(task, total=progress.tasks[task].completed)
+        completed = progress.tasks[task].completed
+        progress.update(task, total=completed, of=completed)
 
 
 def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
