@@ -24,6 +24,9 @@ from torch import Tensor
 from .attention import TOLERANCE
 from .model import MANA, SCALE
 
+# what is made of a picture [4H, 4W, 3] where it lies, such as the planes of a video
+Finish = Callable[[Tensor], Sequence[Tensor]]
+
 WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -68,14 +71,14 @@ class Graph:
 class Results:
     """Enlarged pictures on their way out of the device."""
 
-    def __init__(self, pictures: Tensor, copied: torch.cuda.Event | None):
+    def __init__(self, pictures: list, copied: torch.cuda.Event | None):
         self._pictures, self._copied = pictures, copied
 
-    def wait(self) -> list[Tensor]:
-        """The pictures [4H, 4W, 3], when they are there."""
+    def wait(self) -> list:
+        """The pictures [4H, 4W, 3], or what was made of each, when they are there."""
         if self._copied is not None:
             self._copied.synchronize()
-        return list(self._pictures)
+        return self._pictures
 
 
 class Batches:
@@ -86,13 +89,22 @@ class Batches:
         height, width: of the frames.
         kind: of their numbers: torch.uint8, torch.uint16 or torch.float32 in [0, 1].
         batch: frames at once.
+        finish: of pictures of that kind.
     """
 
-    def __init__(self, model: MANA, height: int, width: int, kind: torch.dtype, batch: int):
+    def __init__(
+        self,
+        model: MANA,
+        height: int,
+        width: int,
+        kind: torch.dtype,
+        batch: int,
+        finish: Finish | None = None,
+    ):
         weight = model.conv_first.weight
         c, t, device = model.config.channels, model.config.frames, weight.device
         self.tiles = model.backend == "triton"
-        self.model, self.batch, self.device = model, batch, device
+        self.model, self.batch, self.device, self.finish = model, batch, device, finish
         self.ring = batch + 2 * (t // 2)
         slots = torch.zeros(batch, dtype=torch.long, device=device)
         self._slots, self._windows = slots, slots[:, None].repeat(1, t)
@@ -127,19 +139,22 @@ class Batches:
         self._put_places(windows, self._windows)
         if self._copies is None:
             self._enlarge()
-            return Results(self._out[: len(windows)].clone(), None)
+            return Results(self._finished(len(windows)), None)
         compute = torch.cuda.current_stream(self.device)
         compute.wait_stream(self._copies)  # the last results leave the place of these
         self._enlarge()
         self._copies.wait_stream(compute)
         with torch.cuda.stream(self._copies):
-            pictures = torch.empty(
-                len(windows), *self._out.shape[1:], dtype=self._out.dtype, pin_memory=True
-            )
-            pictures.copy_(self._out[: len(windows)], non_blocking=True)
+            pictures = self._finished(len(windows))
             copied = torch.cuda.Event()
             copied.record()
         return Results(pictures, copied)
+
+    def _finished(self, count: int) -> list:
+        """The first enlarged pictures, or what is made of them, on their way to the caller."""
+        if self.finish is None:
+            return list(_taken(self._out[:count]))
+        return [[_taken(part) for part in self.finish(picture)] for picture in self._out[:count]]
 
     def _put_places(self, numbers: Sequence, target: Tensor) -> None:
         places = torch.tensor([*numbers, *[numbers[-1]] * (self.batch - len(numbers))])
@@ -204,6 +219,12 @@ class Batches:
             gaussian=config.gaussian, offsets=config.offsets, tolerance=tolerance,
         )  # fmt: skip
         return model.combine(f, q, x, displacement if config.offsets else None)
+
+
+def _taken(values: Tensor) -> Tensor:
+    """A copy outside of the device, without waiting for it."""
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return copy.copy_(values, non_blocking=True)
 
 
 def _put(values: Tensor, target: Tensor) -> None:

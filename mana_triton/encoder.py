@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from . import color as colors
 from .copier import IN_TS
 from .frame import MP4_LIKE, Frame, MediaError, Timed, reason
 from .readers import Reader
+
+Picture = np.ndarray | Sequence[np.ndarray]  # RGB, or its planes as they are encoded
 
 ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
 
@@ -63,6 +66,8 @@ class VideoEncoder:
         stream: of the container.
         headers: what the encoder says about its stream beside the packets.
         time_base: of the packets' times, in seconds.
+        planes: makes of a picture [height, width, 3] RGB, uint8 or uint16 on any device, the
+            planes that are encoded, see `color.planes_of`.
         tick: time of the last frame of an avi, whose frames must not share one.
         notes: lines the user should see.
     """
@@ -194,6 +199,9 @@ class VideoEncoder:
             raise MediaError(f"there is no pix_fmt '{wanted}'; use for example yuv420p") from error
         full = self._reader.color.full_range or self._format.is_rgb or wanted.startswith("yuvj")
         self._range = ColorRange.JPEG if full else ColorRange.MPEG
+        self.planes = partial(
+            colors.planes_of, form=wanted, color=self._reader.color, full_range=full
+        )
 
     def _open_encoder(
         self, context: av.VideoCodecContext, crf: float | None, options: dict[str, str]
@@ -249,21 +257,25 @@ class VideoEncoder:
             os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
         return options
 
-    def encode(self, rgb: np.ndarray, frame: Frame) -> list[Timed]:
-        """Take one picture, at the time of `frame`; returns the packets that are ready."""
+    def encode(self, picture: Picture, frame: Frame) -> list[Timed]:
+        """Take one picture, at the time of `frame`; returns the packets that are ready.
+
+        picture: RGB, or the `planes` of it.
+        """
         if frame.alpha is not None:
             self._note("transparency is dropped; write a folder of PNG files to keep it")
         for what in [name for name in frame.tags if name != "resolution"]:  # of no use in a video
             self._note(f"{what} of pictures is left out; write a folder of PNG files to keep it")
-        full = self._range == ColorRange.JPEG
-        picture: Timed = colors.from_rgb(rgb, self._format.name, self._reader.color, full)
-        picture.pts, picture.duration = self._time_of(frame)
-        picture.time_base = self.time_base
-        self._durations[picture.pts] = picture.duration
+        if isinstance(picture, np.ndarray):
+            picture = [plane.numpy() for plane in self.planes(torch.from_numpy(picture))]
+        video: Timed = colors.from_planes(picture, self._format.name)
+        video.pts, video.duration = self._time_of(frame)
+        video.time_base = self.time_base
+        self._durations[video.pts] = video.duration
         context = self.stream.codec_context  # ProRes takes these from its frames
-        picture.colorspace, picture.color_range = context.colorspace, context.color_range
-        picture.color_primaries, picture.color_trc = context.color_primaries, context.color_trc
-        return self._timed(self.stream.encode(picture))
+        video.colorspace, video.color_range = context.colorspace, context.color_range
+        video.color_primaries, video.color_trc = context.color_primaries, context.color_trc
+        return self._timed(self.stream.encode(video))
 
     def finish(self) -> list[Timed]:
         """The packets of the pictures that the encoder still holds."""

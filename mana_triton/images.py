@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from PIL.ExifTags import IFD
 
-from .color import Color, alpha_of, to_rgb
+from .color import alpha_of, to_rgb
+from .yuv import Color
 
 # Pillow's names of what is accepted, and FFmpeg's of those that can be deep. Pillow knows more
 # formats by their content, some of which start programs

@@ -208,7 +208,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
             size = (3 if reader.bits <= 8 else 6) * sides * width * height
             ahead = max(min(AHEAD // size, 4), 1)
             read, written = Waits(), Waits()  # for frames to enlarge, and to write
-            pictures = _enlarged(reader, upscaler, args.compare, writer.done, read)
+            pictures = _enlarged(reader, upscaler, writer, args.compare, read)
             enlarged = in_thread(pictures, ahead, written)
             started = time.perf_counter()
             with (
@@ -218,9 +218,9 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
                 ) as results,
             ):
                 frames = resumed
-                for rgb, frame, seen in results:
+                for picture, frame, seen in results:
                     with _whole():
-                        writer.write(rgb, frame, seen)
+                        writer.write(picture, frame, seen)
                     frames += 1
             waits = _shares(read, written, time.perf_counter() - started)
         _show_notes([*reader.notes, *writer.notes], shown)
@@ -340,9 +340,14 @@ def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str
 
 
 def _enlarged(
-    reader, upscaler: Upscaler, compare: bool, done: dict[str, Any] | None, waits: Waits
+    reader: Reader, upscaler: Upscaler, writer, compare: bool, waits: Waits
 ) -> Iterator[tuple[Any, Frame, Seen]]:
-    """Enlarged pictures with the frames they come from; decoding runs in a thread of its own."""
+    """What is to be written, with the frames it comes from; decoding runs in its own thread.
+
+    A GPU makes the planes of a video, too; a processor does so while it writes.
+    """
+    done, plan = writer.done, upscaler.plan_for(reader.height, reader.width)
+    finish = writer.planes if plan.batch and not compare else None
     trail = Trail(upscaler.reach, done)
     waiting: deque[tuple[Frame, Seen]] = deque()
     cuts: deque[bool] = deque()
@@ -356,12 +361,12 @@ def _enlarged(
 
     with contextlib.closing(in_thread(frames_after(reader, done), waits=waits)) as frames:
         results = upscaler.stream(
-            pictures(frames), first=trail.first, is_cut=lambda _: cuts.popleft()
+            pictures(frames), first=trail.first, is_cut=lambda _: cuts.popleft(), finish=finish
         )
-        for number, rgb in enumerate(results):
+        for number, picture in enumerate(results):
             frame, seen = waiting.popleft()
             if number >= trail.skip:
-                yield (_side_by_side(frame.rgb, rgb) if compare else rgb), frame, seen
+                yield (_side_by_side(frame.rgb, picture) if compare else picture), frame, seen
 
 
 def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:

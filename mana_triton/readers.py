@@ -24,9 +24,9 @@ from PIL import Image
 
 from . import color as colors
 from . import images
-from .color import Color
 from .frame import Frame, MediaError, Timed, explained, is_cover, reason
 from .timeline import Timeline
+from .yuv import MATRICES, SITINGS, Color
 
 MAX_PIXELS = 2**26  # of one picture of the input: 8192x8192; ours has sixteen times as many
 MAX_STREAMS = 100
@@ -295,7 +295,7 @@ class VideoReader(_Reader):
             guess = Color(code, full, code, code, guessed=True, siting=siting)
             self._note(f"the file does not say which colors it uses; taken as {guess.name}")
             return guess
-        if matrix not in colors.MATRICES:
+        if matrix not in MATRICES:
             raise MediaError(
                 f"{self.path}: color matrix {matrix} is not supported; convert it to BT.709 first"
             )
@@ -314,7 +314,7 @@ class VideoReader(_Reader):
                 "primaries or transfer of the colors change: the codes are kept, and the output has"
                 " the tags of its first frame; enlarge the parts one by one (--start, --end)"
             )
-        matrix = said[0] if said[0] in colors.MATRICES else color.matrix
+        matrix = said[0] if said[0] in MATRICES else color.matrix
         if said[0] not in (*known, matrix) and not frame.format.is_rgb:
             self._note(f"color matrix {said[0]} midway is not supported; taken as {color.name}")
         full = color.full_range if said[1] is None else said[1]
@@ -334,7 +334,7 @@ class VideoReader(_Reader):
             logging.set_libav_level(logging.INFO)  # FFmpeg's default
             logging.set_level(level)
         line = re.search(rf"Stream #0:{self.stream_index}\b.*Video: .*", described)
-        names = "|".join(sorted(colors.SITINGS, key=len, reverse=True))
+        names = "|".join(sorted(SITINGS, key=len, reverse=True))
         said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None
         return said[1] if said else "left"
 

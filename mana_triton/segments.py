@@ -49,7 +49,7 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from .encoder import VideoEncoder
+from .encoder import Picture, VideoEncoder
 from .frame import Frame, MediaError, explained, reason, sync
 from .readers import ImageFolderReader, Reader
 from .stream import CutDetector
@@ -481,6 +481,7 @@ class ResumableVideo(_Resumable):
         length: frames of a segment at least.
 
     Attributes:
+        planes: of the encoders, see VideoEncoder.
         notes: lines the user should see.
     """
 
@@ -502,7 +503,7 @@ class ResumableVideo(_Resumable):
         with tempfile.TemporaryDirectory(prefix="mana_triton-") as folder:
             trial = self._new_writer(Path(folder))  # what cannot be written is said before the work
             trial.abort()
-        self.notes = trial.notes
+        self.notes, self.planes = trial.notes, trial.planes
         headers = hashlib.sha256(trial.headers).hexdigest()  # equal ones let packets be joined
         job = job | {"segment": length, "encoder headers": headers}
         self._parts = Parts(self.path, job, restart)
@@ -517,9 +518,9 @@ class ResumableVideo(_Resumable):
             self.path, self._reader, *size, overwrite=self._overwrite, part=part, **self._encoding
         )
 
-    def write(self, rgb: np.ndarray, frame: Frame, seen: Seen) -> None:
-        """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
-        self._check(rgb)
+    def write(self, picture: Picture, frame: Frame, seen: Seen) -> None:
+        """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
+        self._check(picture)
         with explained(self.path, "write"):
             is_cut = seen.context[-1][1]
             if self._encoder and self._is_due(is_cut):
@@ -527,7 +528,7 @@ class ResumableVideo(_Resumable):
             if not self._encoder:
                 self._begin()
             assert self._encoder
-            self._keep(self._encoder.encode(rgb, frame))
+            self._keep(self._encoder.encode(picture, frame))
             self._since_key = 1 if is_cut else self._since_key + 1
             self._seen = seen
 
@@ -609,6 +610,8 @@ class ResumableVideo(_Resumable):
 
 class ResumablePictures(_Resumable):
     """An ImageFolderWriter whose work survives; see ResumableVideo."""
+
+    planes = None  # PNG files hold RGB
 
     def __init__(
         self,

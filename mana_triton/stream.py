@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from . import planner
 from .attention import choose_backend
-from .batches import WHITE, Batches, Results
+from .batches import WHITE, Batches, Finish, Results
 from .checkpoint import load
 from .kernels.tiled import certified_radius
 from .model import MANA, SCALE, Features
@@ -209,7 +209,8 @@ class Upscaler:
         *,
         first: int = 0,
         is_cut: Callable[[Picture], bool] | None = None,
-    ) -> Iterator[Picture]:
+        finish: Finish | None = None,
+    ) -> Iterator[Any]:
         """Enlarge frames one after the other; memory does not grow with their number.
 
         Args:
@@ -220,9 +221,11 @@ class Upscaler:
                 bit, from the frame after those on.
             is_cut: whether a frame begins a new scene, asked once for each in order; None: a
                 CutDetector's opinion, or never if there are to be no scene cuts.
+            finish: what to make of each enlarged picture [4H, 4W, 3] while it is on the device.
 
         Yields:
-            For each frame, in order, its enlargement in the type it was given.
+            For each frame, in order, its enlargement in the type it was given, or the tensors that
+            `finish` made of it, as arrays.
 
         Raises:
             ValueError: a frame of another kind or size.
@@ -232,9 +235,9 @@ class Upscaler:
             return
         given = chain([head], given)
         if self.plan_for(*head.pixels.shape[:2]).batch:
-            yield from self._in_batches(given, first)
+            yield from self._in_batches(given, first, finish)
         else:
-            yield from self._one_by_one(given)
+            yield from self._one_by_one(given, finish)
 
     def _given(
         self, frames: Iterable[Picture], first: int, is_cut: Callable[[Picture], bool]
@@ -255,18 +258,24 @@ class Upscaler:
                 )
             yield _Given(number, frame, pixels, is_cut(frame))
 
-    def _one_by_one(self, given: Iterator[_Given]) -> Iterator[Picture]:
+    def _one_by_one(self, given: Iterator[_Given], finish: Finish | None) -> Iterator[Any]:
         """Enlarge frame by frame, or by several workers."""
         if (head := next(given, None)) is None:
             return
         workers = self.plan_for(*head.pixels.shape[:2]).workers
         windows = self._windows(chain([head], given), shared=workers > 1)
-        if workers > 1:
-            yield from side_by_side(self._enlarge, windows, workers)
-        else:
-            yield from map(self._enlarge, windows)
 
-    def _in_batches(self, given: Iterator[_Given], first: int) -> Iterator[Picture]:
+        def enlarge(window: _Window) -> Any:
+            return _as_given(self._enlarge(window), window.center.frame, finish)
+
+        if workers > 1:
+            yield from side_by_side(enlarge, windows, workers)
+        else:
+            yield from map(enlarge, windows)
+
+    def _in_batches(
+        self, given: Iterator[_Given], first: int, finish: Finish | None
+    ) -> Iterator[Any]:
         """Enlarge batch by batch; when memory runs out, again from the first result to come."""
         recent: deque[_Given] = deque()  # what its window needs, and what was read since
         failed = False  # to read
@@ -287,7 +296,7 @@ class Upscaler:
             begin = recent[0].number if recent else begin
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            results = self._batches(source)
+            results = self._batches(source, finish)
             try:
                 for result in islice(results, number - begin, None):
                     while recent[0].number < number + 1 - self.reach:
@@ -300,7 +309,7 @@ class Upscaler:
                     raise
                 self._halve(recent[0].pixels.shape[:2], error)
 
-    def _batches(self, given: Iterator[_Given]) -> Iterator[Picture]:
+    def _batches(self, given: Iterator[_Given], finish: Finish | None) -> Iterator[Any]:
         """Enlarge by what is planned now."""
         if (head := next(given, None)) is None:
             return
@@ -308,9 +317,9 @@ class Upscaler:
         height, width = head.pixels.shape[:2]
         batch = self.plan_for(height, width).batch
         if not batch:
-            yield from self._one_by_one(given)
+            yield from self._one_by_one(given, finish)
             return
-        batches = Batches(self.model, height, width, head.pixels.dtype, batch)
+        batches = Batches(self.model, height, width, head.pixels.dtype, batch, finish)
         encode, enlarge = _plain(batches.encode), _plain(batches.enlarge)
         waiting: deque[tuple[_Given, int]] = deque()
         pending: deque[tuple[list[_Given], Results]] = deque()
@@ -461,8 +470,8 @@ class Upscaler:
         return lr.to(DTYPES[self.precision]).contiguous(memory_format=torch.channels_last)
 
     @_plain
-    def _enlarge(self, window: _Window) -> Picture:
-        """Enlarge the center frame of a window, in smaller parts each time memory runs out."""
+    def _enlarge(self, window: _Window) -> Tensor:
+        """The center frame of a window [4H, 4W, 3], in smaller parts each time memory runs out."""
         lr = window.center.lr
         out = self._canvas(window.center)
         while True:
@@ -478,9 +487,7 @@ class Upscaler:
                 break
             except (MemoryError, RuntimeError) as error:
                 self._halve(lr.shape[2:], error)
-        if not isinstance(window.center.frame, Tensor):
-            return out.numpy()
-        return rearrange(out, "h w c -> c h w").to(window.center.frame).contiguous()
+        return out
 
     def _fuse(self, window: _Window, band: int) -> Tensor:
         """The decoder's z of a whole frame: takes the place of the center's features by bands."""
@@ -665,13 +672,22 @@ def _in_unit(pixels: Tensor) -> Tensor:
     return rearrange(pixels, "h w c -> c h w").float().div(WHITE[pixels.dtype])
 
 
-def _pictures(frames: list[_Given], results: Results) -> Iterator[Picture]:
-    """Results in the type of the frames they are of."""
-    for (_, frame, *_), large in zip(frames, results.wait(), strict=True):
-        if isinstance(frame, Tensor):
-            yield rearrange(large, "h w c -> c h w").to(frame).contiguous()
+def _pictures(frames: list[_Given], results: Results) -> Iterator[Any]:
+    """Results as `stream` yields them."""
+    for item, large in zip(frames, results.wait(), strict=True):
+        if isinstance(large, Tensor):
+            yield _as_given(large, item.frame, None)
         else:
-            yield large.numpy()
+            yield [part.numpy() for part in large]
+
+
+def _as_given(large: Tensor, frame: Picture, finish: Finish | None) -> Any:
+    """An enlarged picture [4H, 4W, 3] as `stream` yields it for this frame."""
+    if finish:
+        return [part.numpy() for part in finish(large)]
+    if isinstance(frame, Tensor):
+        return rearrange(large, "h w c -> c h w").to(frame).contiguous()
+    return large.numpy()
 
 
 def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from av.error import FFmpegError
 from . import color as colors
 from . import images
 from .copier import Copier
-from .encoder import ENCODERS, VideoEncoder
+from .encoder import ENCODERS, Picture, VideoEncoder
 from .frame import MP4_LIKE, Frame, MediaError, Timed, explained, hidden, sync
 from .readers import (
     MAX_PIXELS,
@@ -90,11 +90,14 @@ class _Writer:
             raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
         return part or hidden(path)
 
-    def _check(self, rgb: np.ndarray) -> None:
-        if rgb.shape != (self.height, self.width, 3) or rgb.dtype not in (np.uint8, np.uint16):
+    def _check(self, picture: Picture) -> None:
+        first = picture if isinstance(picture, np.ndarray) else picture[0]
+        channels = (3,) if first is picture else first.shape[2:]
+        wanted = self.height, self.width, *channels
+        if first.shape != wanted or first.dtype not in (np.uint8, np.uint16):
             raise ValueError(
-                f"rgb must be [{self.height}, {self.width}, 3] uint8 or uint16,"
-                f" got {rgb.shape} {rgb.dtype}"
+                f"a picture must be {list(wanted)} uint8 or uint16,"
+                f" got {list(first.shape)} {first.dtype}"
             )
 
     def close(self) -> None:
@@ -131,7 +134,7 @@ class VideoWriter(_Writer):
             encoder has for that.
 
     Attributes:
-        time_base, headers: of the encoder, see VideoEncoder.
+        time_base, headers, planes: of the encoder, see VideoEncoder.
         notes: lines the user should see.
 
     Raises:
@@ -174,7 +177,7 @@ class VideoWriter(_Writer):
         size = self.width, self.height
         self._encoder = VideoEncoder(self.path, reader, *size, self._container, **encoding)
         self._stream, self.headers = self._encoder.stream, self._encoder.headers
-        self.time_base = self._encoder.time_base
+        self.time_base, self.planes = self._encoder.time_base, self._encoder.planes
         self.notes = self._encoder.notes  # one list, as both go on adding to it
         if self.suffix == ".avi":
             self.notes.append("avi has no start times: sound may be off by up to a frame")
@@ -190,14 +193,14 @@ class VideoWriter(_Writer):
             self._copier = Copier(reader, self)
         self._container.start_encoding()
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> None:
-        """Encode one picture, [height, width, 3] RGB, at the time of `frame`."""
-        self._check(rgb)
+    def write(self, picture: Picture, frame: Frame) -> None:
+        """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
+        self._check(picture)
         self._encoded = True
         with explained(self.path, "write"):
             if self._copier:
                 self._copier.until(frame.pts * frame.time_base)
-            for packet in self._encoder.encode(rgb, frame):
+            for packet in self._encoder.encode(picture, frame):
                 self._container.mux_one(packet)
 
     def put(self, packet: Timed) -> None:

@@ -176,10 +176,10 @@ def _fail(order: dict, watched: str) -> list[int]:
     if "encode" in order:
         encode, calls = VideoEncoder.encode, iter(range(1 << 30))
 
-        def fail(self, rgb, frame):
+        def fail(self, picture, frame):
             if next(calls) == order["encode"]:
                 raise ExternalError(-542398533, "Generic error in an external library")
-            return encode(self, rgb, frame)
+            return encode(self, picture, frame)
 
         write = images.write_picture
 

@@ -6,26 +6,25 @@ from typing import Any, cast
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mana_triton.color import (
-    MATRICES,
-    SITINGS,
-    Color,
-    alpha_of,
-    block,
-    depth,
-    enlarge_alpha,
-    from_rgb,
-    rgb_to_yuv,
-    to_rgb,
-    yuv_to_rgb,
-)
+from mana_triton import yuv
+from mana_triton.color import alpha_of, block, depth, enlarge_alpha, from_rgb, to_rgb
+from mana_triton.yuv import MATRICES, SITINGS, Color
 
 # float32 computes with 24 bits, through some ten operations on codes of 16 bits
 HALF_A_CODE = {8: 0.5 + 1e-4, 10: 0.5 + 1e-3, 12: 0.5 + 3e-3, 16: 0.5 + 4e-2}
 BLOCKS = [(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (4, 4)]
+
+
+def rgb_to_yuv(rgb: np.ndarray, *how) -> list[np.ndarray]:
+    return [plane.numpy() for plane in yuv.rgb_to_yuv(torch.from_numpy(rgb), *how)]
+
+
+def yuv_to_rgb(planes: list[np.ndarray], *how) -> np.ndarray:
+    return yuv.yuv_to_rgb([torch.from_numpy(plane) for plane in planes], *how).numpy()
 
 
 def codes(bits: int, full: bool) -> tuple[float, float, float]:

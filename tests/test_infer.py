@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from mana_triton import checkpoint, infer, preview, stream
+from mana_triton import checkpoint, color, infer, preview, stream
 from mana_triton.infer import parse_args, plan
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.segments import open_resumable
@@ -223,6 +223,40 @@ def test_default_weights_are_those_for_the_input(name, flags, expected, reason, 
         (tmp_path / file).touch()
     chosen, why = infer.choose_weights(parse_args([str(tmp_path / name), *flags]))
     assert chosen == expected and why.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [FAST, ("--codec", "ffv1", "--lossless"), (*FAST, "-e", "pix_fmt=yuv444p10le"), ("--compare",)],
+)
+def test_planes_of_a_video_are_made_where_batches_are(flags, clip, weights, tmp_path, monkeypatch):
+    """In batches, as on a GPU, not by the thread that writes; the video is the same."""
+    threads: list[int] = []
+    planes_of = color.planes_of
+
+    def made(rgb: Tensor, **how) -> list[Tensor]:
+        threads.append(threading.get_ident())
+        return planes_of(rgb, **how)
+
+    class Pictures(stream.Upscaler):
+        def stream(self, *frames, finish, **how):
+            assert bool(finish) == ("--compare" not in flags)
+            return super().stream(*frames, **how)
+
+    monkeypatch.setattr(color, "planes_of", made)
+    videos = []
+    for kind in (stream.Upscaler, Pictures):
+        args = parse_args([str(clip), *flags])
+        output = tmp_path / f"{kind.__name__}.mkv"
+        infer.enlarge(clip, output, kind(weights, batch=2, scene_cuts=False), args)
+        with av.open(str(output)) as video:
+            videos.append([bytes(packet) for packet in video.demux(video=0)])
+        is_written_here = kind == Pictures or "--compare" in flags
+        assert len(threads) == 5
+        assert (threading.get_ident() in threads) == is_written_here
+        threads.clear()
+    assert videos[0] == videos[1]
+    assert len(videos[0]) >= 5
 
 
 def test_compare_shows_bicubic_on_the_left(folder, weights, cli):

@@ -24,6 +24,7 @@ from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, Features, MANAConfig
 from mana_triton.stream import CutDetector, Upscaler, Waits, in_thread, mirror, upscale
 from mana_triton.video import open_reader
+from mana_triton.yuv import Color, rgb_to_yuv
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT.parent / "shared" / "data" / "demo"
@@ -176,6 +177,23 @@ def test_batches_of_arrays(kind, model):
     assert batched.dtype == kind
     # rounding may tip a number to the next integer
     assert np.abs(batched.astype(int) - exact).max() <= max(1, ROUNDING * top)
+
+
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"batch": 2}, {"tile": 8}])
+def test_pictures_are_finished_where_they_are(options, model):
+    frames, options = pan(0, 5, 12, 16), {"scene_cuts": False} | options
+    whole = list(Upscaler(model, **options).stream(frames))
+    color = Color(9, siting="topleft")
+
+    def planes(picture: Tensor) -> list[Tensor]:
+        return rgb_to_yuv(picture, 10, color, False, (2, 2))
+
+    finished = list(Upscaler(model, **options).stream(frames, finish=planes))
+    assert len(finished) == len(whole) == 5
+    for parts, picture in zip(finished, whole, strict=True):
+        for part, plane in zip(parts, planes(torch.from_numpy(picture)), strict=True):
+            assert part.dtype == np.uint16
+            assert np.array_equal(part, plane.numpy())
 
 
 def test_backends_agree(model):

@@ -844,7 +844,7 @@ def test_unwritable_output(name, settings, message, plain, tmp_path, capfd):
 def test_wrong_picture_is_a_value_error(plain, tmp_path):
     with (
         open_reader(plain) as reader,
-        pytest.raises(ValueError, match=r"rgb must be \[128, 192, 3\]"),
+        pytest.raises(ValueError, match=r"a picture must be \[128, 192, 3\]"),
         open_writer(tmp_path / "out.mp4", reader, 192, 128) as writer,
     ):
         frame = next(iter(reader))
