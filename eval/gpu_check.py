@@ -4,18 +4,20 @@
 
 1. the kernels' GPU tests; 2. what this GPU reaches at best: copying, an 8192^3 bfloat16 product;
 3. an autotuning run at the main sizes, which writes kernels/tuned.json; 4. the whole `paper` model
-as a stream runs it: pictures in, enlarged pictures out, latency of one frame and throughput, beside
-the time that its arithmetic takes at the measured product's rate; 5. cross-frame attention
+as a stream runs it: pictures in, planes of an 8-bit video out, latency of one frame and throughput,
+beside the time that its arithmetic takes at the measured product's rate; 5. cross-frame attention
 (T = 7, D = 64, sigma = 4, bfloat16) against what one would use today, in the same process:
 dense eager, SDPA with a mask, SDPA with the Gaussian in extra columns, FlexAttention without and
-with a BlockMask of the very key tiles that ours visits. Times are medians with the 20th and 80th
-percentiles, of the forward pass and of forward + backward, ours with its choice of tiles.
+with a BlockMask of the very key tiles that ours visits, of the forward pass and of forward +
+backward, ours with its choice of tiles; 6. the decoder of `paper` as it is, with ReLU fused into
+cuDNN's convolutions, and compiled. Times are medians with the 20th and 80th percentiles.
 
 It runs from a bare checkout with torch, triton, einops, numpy, rich, pytest and safetensors. The
 results go to eval/results/<gpu>.json; the last line of stdout is the same as one JSON object.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -42,9 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.peers import augmented_sdpa, block_mask, eager, flex, flex_blocks, masked_sdpa
 from mana_triton import MANA, MANAConfig, cross_frame_attention
-from mana_triton.batches import Batches
+from mana_triton.batches import Batches, Graph
 from mana_triton.kernels import reference
+from mana_triton.model import ResidualBlock
 from mana_triton.stream import Upscaler, window_numbers
+from mana_triton.yuv import Color, rgb_to_yuv
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
@@ -58,7 +62,8 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 # low-resolution size: ms of latency and ms a frame that an H200 is to reach
 TARGETS = {(64, 112): (1.2, 0.7), (270, 480): (None, 14.0), (540, 960): (None, 55.0)}
 TRIES = 200  # frames that the latency is measured on
-SHARES = 0.35, 0.6, 0.8  # of the time, at which testing, tuning and whole models must have ended
+# of the time, at which testing, tuning, whole models and the operation must have ended
+SHARES = 0.35, 0.55, 0.7, 0.9
 
 
 def ours(
@@ -260,7 +265,10 @@ def model_row(
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    stream = upscaler.stream(pictures[n % len(pictures)] for n in itertools.count())
+    stream = upscaler.stream(
+        (pictures[n % len(pictures)] for n in itertools.count()),
+        finish=partial(rgb_to_yuv, bits=8, color=Color(), full_range=False, chroma_block=(2, 2)),
+    )
     for _ in range(3 * max(plan.batch, 1)):  # until everything is compiled
         next(stream)
     began, frames = time.perf_counter(), 0
@@ -330,12 +338,98 @@ def flops(config: MANAConfig, height: int, width: int, visited: float) -> float:
 # --- output
 
 
+# --- convolutions
+
+
+def decoder_rows(preset: str, deadline: float) -> list[dict[str, Any]]:
+    """Ways to run the decoder's convolutions, each as one graph, at the sizes of 2K and less."""
+    rows = []
+    for height, width in [size for size in TARGETS if max(size) <= 512]:
+        upscaler = Upscaler(MANA(MANAConfig.preset(preset)), device=DEVICE)
+        model, batch = upscaler.model, max(upscaler.plan_for(height, width).batch, 1)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        z = torch.randn(
+            batch, model.config.channels, height, width, generator=generator, device=DEVICE
+        ).to(model.conv_first.weight.dtype, memory_format=torch.channels_last)
+        ways = {
+            "as it is": model.decode,
+            "ReLU fused by cuDNN": with_fused_relu(model).decode,
+            "torch.compile": torch.compile(model.decode, dynamic=False),
+        }
+        for name, decode in ways.items():
+            row: dict[str, Any] = {"what": name, "height": height, "width": width, "batch": batch}
+            if time.monotonic() > deadline:
+                row["left_out"] = "no time left"
+            else:
+                row |= decoding(decode, z, model.decode if decode != model.decode else None)
+            rows.append(row)
+    return rows
+
+
+def with_fused_relu(model: MANA) -> MANA:
+    """The model, with ReLU and bias in the first convolution of each block."""
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, ResidualBlock):
+            block.forward = partial(_fused_block, block)
+    return model
+
+
+def _fused_block(block: ResidualBlock, x: Tensor) -> Tensor:
+    first = block.conv1
+    y = torch.cudnn_convolution_relu(x, first.weight, first.bias, (1, 1), (1, 1), (1, 1), 1)
+    return block.conv2(y).add_(x)
+
+
+@torch.no_grad()
+def decoding(decode: Callable, z: Tensor, reference: Callable | None) -> dict[str, Any]:
+    """Milliseconds a frame, and the difference from the reference; of a way that fails, why."""
+    try:
+        out = decode(z)
+        graph = Graph(lambda: out.copy_(decode(z)), z.device)
+        figures = {key: x / len(z) for key, x in measure(graph).items() if key != "peak_mib"}
+    except RuntimeError as error:
+        if reference is None:
+            raise
+        return {"left_out": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    if reference is not None:
+        exact = reference(z)
+        figures["relative_difference"] = float((out - exact).norm() / exact.norm())
+    return figures
+
+
+def decoder_table(rows: list[dict[str, Any]]) -> Table:
+    """The table of the convolutions."""
+    table = Table(
+        "output", "decoder", "frames at once", "ms/frame", "x", "rel. difference",
+        title="the decoder's convolutions, as one graph",
+    )  # fmt: skip
+    for row in rows:
+        size = f"{4 * row['width']}x{4 * row['height']}"
+        if "left_out" in row:
+            table.add_row(size, row["what"], row["left_out"])
+            continue
+        first = next(
+            (x for x in rows if x["what"] == "as it is" and x["height"] == row["height"]), row
+        )
+        times, difference = row["ms"] / first.get("ms", math.nan), row.get("relative_difference")
+        table.add_row(
+            size, row["what"], str(row["batch"]),
+            f"{row['ms']:.3g} ({row['p20']:.3g}-{row['p80']:.3g})", f"{times:.2f}",
+            "" if difference is None else f"{difference:.1e}",
+        )  # fmt: skip
+    return table
+
+
+# --- the tables
+
+
 def model_table(rows: list[dict[str, Any]]) -> Table:
     """The table of whole models."""
     table = Table(
         "output", "model", "frames at once", "latency ms", "ms/frame", "floor ms", "of it",
         "pairs", "peak MiB", "predicted",
-        title="whole model, pictures in and out; in brackets what is aimed at",
+        title="whole model, pictures in, planes out; in brackets what is aimed at",
     )  # fmt: skip
     for row in rows:
         size = f"{4 * row['width']}x{4 * row['height']}"
@@ -402,6 +496,7 @@ def show(results: dict[str, Any]) -> None:
     note = "" if results["tests"]["passed"] else "; TESTS FAILED, these figures do not count"
     console.print(model_table(results["models"]))
     console.print(operation_table(results["operation"], note))
+    console.print(decoder_table(results["decoder"]))
 
 
 def write(results: dict[str, Any]) -> Path:
@@ -442,7 +537,9 @@ def main() -> None:
     results["models"] = model_rows(
         "paper", 3.0, began + SHARES[2] * seconds, results["ceilings"]["matmul_tflop_s"]
     )
-    results["operation"] = [row for size in SIZES for row in compare(*size, began + seconds)]
+    until = began + SHARES[3] * seconds
+    results["operation"] = [row for size in SIZES for row in compare(*size, until)]
+    results["decoder"] = decoder_rows("paper", began + seconds)
     results["seconds"] = time.monotonic() - began
     show(results)
     print(f"written to {write(results)}")

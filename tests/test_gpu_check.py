@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import assert_as_accurate
 from rich.console import Console
 
@@ -186,6 +188,10 @@ def made_up():
              "relative_error": 2e-3, "visited": 1.0},
             {"what": "SDPA, mask", **size, "left_out": "needs 900 GiB, 80 free"},
         ],
+        "decoder": [
+            {"what": "as it is", **size, "batch": 7, "ms": 0.4, "p20": 0.3, "p80": 0.5},
+            {"what": "torch.compile", **size, "left_out": "no time left"},
+        ],
     }  # fmt: skip
 
 
@@ -226,6 +232,43 @@ def test_whole_models_are_measured(monkeypatch):
     assert (rows[0]["target"], rows[1]["target"]) == (0.7, None)
     late = gpu_check.model_rows("tiny", 0.1, 0.0, 790.0)
     assert all(row["left_out"] == "no time left" for row in late)
+
+
+def test_ways_to_run_the_decoder_are_compared(monkeypatch):
+    """On a CPU, with what only cuDNN and compiling do replaced by the same in plain PyTorch."""
+
+    def fused(x, weight, bias, stride, padding, dilation, groups):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "TARGETS", {(12, 16): (None, None), (540, 960): (None, None)})
+    monkeypatch.setattr(torch, "compile", lambda decode, dynamic: lambda z: decode(z) * 1.01)
+
+    def measure(graph: Callable) -> dict[str, float]:
+        graph()
+        return {"ms": 6.0, "p20": 5.0, "p80": 7.0, "peak_mib": 1.0}
+
+    monkeypatch.setattr(gpu_check, "measure", measure)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cudnn_convolution_relu", fused)
+        plain, cudnn, compiled = gpu_check.decoder_rows("tiny", float("inf"))
+    assert (plain["ms"], plain["batch"]) == (6.0, 1)
+    assert "relative_difference" not in plain
+    assert cudnn["relative_difference"] < 1e-6
+    assert compiled["relative_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert "6 (5-7)" in table_of([plain, cudnn, compiled])
+    without = gpu_check.decoder_rows("tiny", float("inf"))[1]
+    assert without["left_out"].startswith("NotImplementedError")
+    late = gpu_check.decoder_rows("tiny", 0.0)
+    assert all(row["left_out"] == "no time left" for row in late)
+    assert "no time left" in table_of(late)
+
+
+def table_of(rows: list[dict]) -> str:
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(gpu_check.decoder_table(rows))
+    return text.get()
 
 
 def test_flops_are_those_of_the_layers():
