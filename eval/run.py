@@ -53,7 +53,7 @@ from einops import rearrange
 from PIL import Image
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from eval import accuracy, bench, report
+from eval import accuracy, bench, compare, report
 from eval.datasets import (
     MIDDLE,
     SHRUNK,
@@ -729,11 +729,11 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     console.print(f"{name}: {upscaler.description}")
     accurate = accuracy.gate(accuracy.demo(), "tiny", device, "the demo clip")
     rows: list[bench.Row] = []
-    for title, caption, table in bench.compare(device, upscaler.precision, args.full):
+    for title, caption, table in compare.compare(device, upscaler.precision, args.full):
         bench.show(table, title, caption)
         rows += table
     try:
-        write_atomically(args.plot, bench.plot(rows, name, args.plot.suffix[1:]))
+        write_atomically(args.plot, compare.plot(rows, name, args.plot.suffix[1:]))
     except ModuleNotFoundError:
         console.print("note: no plot without matplotlib; pip install matplotlib")
     else:
@@ -741,7 +741,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "rows": rows,
         "accuracy": accurate,
-        "paper_ms": bench.PAPER["ms"],
+        "paper_ms": compare.PAPER["ms"],
         "device": name,
         "precision": upscaler.precision,
         "commit": commit,
@@ -765,7 +765,7 @@ def main() -> None:
         CheckpointError,
         MethodError,
         BackboneError,
-        bench.BenchError,
+        compare.BenchError,
         OSError,
     ) as error:
         sys.exit(f"error: {error}")

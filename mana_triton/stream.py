@@ -319,7 +319,8 @@ class Upscaler:
         if not batch:
             yield from self._one_by_one(given, finish)
             return
-        batches = Batches(self.model, height, width, head.pixels.dtype, batch, finish)
+        kind = head.pixels.dtype
+        batches = _plain(lambda: Batches(self.model, height, width, kind, batch, finish))()
         encode, enlarge = _plain(batches.encode), _plain(batches.enlarge)
         waiting: deque[tuple[_Given, int]] = deque()
         pending: deque[tuple[list[_Given], Results]] = deque()
@@ -681,6 +682,7 @@ def _pictures(frames: list[_Given], results: Results) -> Iterator[Any]:
             yield [part.numpy() for part in large]
 
 
+@_plain
 def _as_given(large: Tensor, frame: Picture, finish: Finish | None) -> Any:
     """An enlarged picture [4H, 4W, 3] as `stream` yields it for this frame."""
     if finish:

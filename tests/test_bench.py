@@ -8,19 +8,21 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_as_accurate
 from torch.nn.attention.flex_attention import flex_attention
 
-from eval import accuracy, bench, peers, run
+from eval import accuracy, bench, compare, peers, run
 from mana_triton.kernels import reference
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.stream import Upscaler
 
 CPU = torch.device("cpu")
-SETTING = bench.Setting(CPU, "fp32", bench.Ceiling(1e7, 1e6))
+SETTING = compare.Setting(CPU, "fp32", compare.Ceiling(1e7, 1e6))
 SIZE = (12, 18)
-PEERS = {"eager": bench._eager, "masked": peers.masked_sdpa, "augmented": peers.augmented_sdpa}
+PEERS = {"eager": bench.eager, "masked": peers.masked_sdpa, "augmented": peers.augmented_sdpa}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,11 +43,11 @@ def test_peers_compute_the_bias_form(peer):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_computes_the_bias_form(monkeypatch):
-    monkeypatch.setattr(bench, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(compare, "_compiled_flex", lambda: flex_attention)
     inputs = attention_inputs()
     exact = reference.cross_frame_attention(*(x.double() for x in inputs)).o
     eager = reference.cross_frame_attention(*inputs).o
-    assert_as_accurate("flex", bench._flex(*inputs), eager, exact, torch.float32)
+    assert_as_accurate("flex", compare._flex(*inputs), eager, exact, torch.float32)
 
 
 def test_naive_computes_the_official_gate_form():
@@ -53,45 +55,48 @@ def test_naive_computes_the_official_gate_form():
     inputs[-1] = torch.tensor(1.0)
     exact = reference.cross_frame_attention(*(x.double() for x in inputs), gaussian="gate").o
     eager = reference.cross_frame_attention(*inputs, gaussian="gate").o
-    assert_as_accurate("naive", bench._official(*inputs[:4]), eager, exact, torch.float32)
+    assert_as_accurate("naive", compare._official(*inputs[:4]), eager, exact, torch.float32)
 
 
 def test_naive_network_is_the_official_network():
     config = MANAConfig.preset("tiny")
     window = torch.rand(1, 7, 3, *SIZE)
-    model = bench.naive_network(config, CPU, torch.float32)
+    model = compare.naive_network(config, CPU, torch.float32)
     assert (model.config.gaussian, model.config.logit_scale) == ("gate", 1.0)
     torch.nn.init.normal_(model.w_z.weight, std=0.3)
     with torch.inference_mode():
-        actual = bench.naive_frame(model, window)
+        actual = compare.naive_frame(model, window)
         eager = model(window)  # by the reference backend
         exact = model.double()(window.double())
     assert_as_accurate("frame", actual, eager, exact, torch.float32)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    right = bench.cross_frame_attention
-    monkeypatch.setattr(bench, "cross_frame_attention", lambda *a, **k: 1.001 * right(*a, **k))
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(bench.BenchError, match=r"ours, tiled must be within .* nothing was timed"):
-        bench.compare_attention(SIZE, "tiled", SETTING, 0.0)
+    right = compare.cross_frame_attention
+    monkeypatch.setattr(compare, "cross_frame_attention", lambda *a, **k: 1.001 * right(*a, **k))
+    monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(
+        compare.BenchError, match=r"ours, tiled must be within .* nothing was timed"
+    ):
+        compare.compare_attention(SIZE, "tiled", SETTING, 0.0)
 
 
 def test_floor_of_ours_is_that_of_the_pairs_it_visits(monkeypatch):
-    measured: list[bench.Measured] = []
-    measure = bench.measure
+    measured: list[compare.Measured] = []
+    measure = compare.measure
     monkeypatch.setattr(
-        bench, "measure", lambda *args: measured.append(measure(*args)) or measured[-1]
+        compare, "measure", lambda *args: measured.append(measure(*args)) or measured[-1]
     )
-    size, setting = (48, 64), SETTING._replace(ceiling=bench.Ceiling(1e3, 1e12))  # arithmetic only
-    rows = {row["what"]: row for row in bench.compare_attention(size, "tiled", setting, 0.0)}
+    size = 48, 64
+    setting = SETTING._replace(ceiling=compare.Ceiling(1e3, 1e12))  # arithmetic only
+    rows = {row["what"]: row for row in compare.compare_attention(size, "tiled", setting, 0.0)}
     every = 2 * 2 * 64 * 7 * math.prod(size) ** 2 / 1e3  # multiply and add, q k^T and p v
     ours, dense = rows["ours, tiled"], rows["dense eager"]
     visited = float(str(ours["note"]).split()[1]) / 100
     assert 0.01 < visited < 0.9
     for row, share, slack in ((dense, 1.0, 1e-9), (ours, visited, 0.06)):  # 2 digits in the note
         assert row["percent_of_floor"] == pytest.approx(100 * share * every / row["ms"], rel=slack)
-    bound = rows[bench.BOUND]
+    bound = rows[compare.BOUND]
     assert "another result" in bound["note"] and bound["relative_error"] is None
 
 
@@ -99,7 +104,7 @@ def test_floor_of_ours_is_that_of_the_pairs_it_visits(monkeypatch):
 def test_floor_counts_the_work_of_the_network(preset):
     config = MANAConfig.preset(preset)
     model = MANA(config).eval()
-    flops = bench.floor_ms(config, SIZE, bench.Ceiling(1.0, math.inf), 4, visited=0.5)
+    flops = compare.floor_ms(config, SIZE, compare.Ceiling(1.0, math.inf), 4, visited=0.5)
     counted = {"encode": 0, "decode": 0}
     part = ""
 
@@ -123,7 +128,7 @@ def test_floor_counts_the_work_of_the_network(preset):
 
 
 def test_floor_is_the_larger_of_arithmetic_and_traffic():
-    ceiling = bench.Ceiling(flop_per_ms=10.0, bytes_per_ms=2.0)
+    ceiling = compare.Ceiling(flop_per_ms=10.0, bytes_per_ms=2.0)
     assert ceiling.ms(100.0, 10.0) == 10.0
     assert ceiling.ms(100.0, 40.0) == 20.0
 
@@ -131,7 +136,7 @@ def test_floor_is_the_larger_of_arithmetic_and_traffic():
 def test_variants_take_turns():
     calls: list[str] = []
     variants = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    measured = bench.measure(variants, CPU, seconds=600.0)
+    measured = compare.measure(variants, CPU, seconds=600.0)
     rounds = len(measured.ms["a"])
     # one round warms up; then each follows the other as often as it precedes it
     assert calls == ["a", "b"] + ["a", "b", "b", "a"] * (rounds // 2)
@@ -140,7 +145,7 @@ def test_variants_take_turns():
 
 def test_memory_is_that_of_the_run():
     mib = 64
-    if (peak := bench._extra_peak(lambda: torch.ones(mib << 18), CPU)) is None:
+    if (peak := compare._extra_peak(lambda: torch.ones(mib << 18), CPU)) is None:
         pytest.skip("this system does not say")
     # pages that were there and are used again do not count
     assert 0.8 * mib <= peak <= 1.2 * mib
@@ -149,8 +154,8 @@ def test_memory_is_that_of_the_run():
 def test_ratios_are_those_of_single_rounds():
     ms = {"slow": [100.0, 1000.0, 300.0], "fast": [50.0, 100.0, 150.0]}
     ms["fast, again"] = [40.0, 100.0, 120.0]
-    measured = bench.Measured(ms, dict.fromkeys(ms, 1.0))
-    slow, fast, again = bench.measured_rows(measured, "slow", {"fast": 25.0})
+    measured = compare.Measured(ms, dict.fromkeys(ms, 1.0))
+    slow, fast, again = compare.measured_rows(measured, "slow", {"fast": 25.0})
     assert again["noise_percent"] == pytest.approx(25.0)
     assert (slow["times_faster"], fast["times_faster"]) == (1.0, 2.0)
     assert fast["percent_of_floor"] == 25.0
@@ -159,16 +164,16 @@ def test_ratios_are_those_of_single_rounds():
 
 def test_stages_add_up(monkeypatch):
     whole: list[float] = []
-    measure = bench.measure
+    measure = compare.measure
 
     def keep(*args):
         measured = measure(*args)
         whole.extend(measured.ms["frame"])
         return measured
 
-    monkeypatch.setattr(bench, "measure", keep)
-    rows, visited = bench.compare_stages("tiny", SIZE, SETTING, seconds=0.0)
-    assert [row["what"] for row in rows] == [*bench.STAGES, "rest"]
+    monkeypatch.setattr(compare, "measure", keep)
+    rows, visited = compare.compare_stages("tiny", SIZE, SETTING, seconds=0.0)
+    assert [row["what"] for row in rows] == [*compare.STAGES, "rest"]
     assert visited == 1.0  # frames this small are dense
     assert all(row["ms"] > 0 for row in rows)
     # the frame's own clock runs a little longer than the sum of its stages
@@ -176,17 +181,31 @@ def test_stages_add_up(monkeypatch):
 
 
 def test_naive_is_left_out_where_its_tables_do_not_fit(monkeypatch):
-    monkeypatch.setattr(bench, "_free_bytes", lambda _: 1 << 10)
-    rows = bench.compare_frame("tiny", SIZE, SETTING, 1.0, seconds=0.0)
+    monkeypatch.setattr(compare, "_free_bytes", lambda _: 1 << 10)
+    rows = compare.compare_frame("tiny", SIZE, SETTING, 1.0, seconds=0.0)
     assert {row["what"]: row["ms"] for row in rows}["naive"] is None
     assert "not run: its tables take" in str(rows[-1]["note"])
     assert all("times_faster" not in row for row in rows)
 
 
+def test_several_frames_at_once_are_counted():
+    clip = np.zeros((4, 8, 10, 3), np.uint8)
+    for upscaler, name, together in (
+        (Upscaler("tiny", batch=3), "ours, 3 in a batch", 3),
+        (Upscaler("tiny", workers=2), "ours, 2 side by side", 4),
+    ):
+        several, count = compare._several(upscaler, clip)
+        assert (list(several), count) == ([name], together)
+        with torch.inference_mode():
+            for _ in range(2):
+                assert len(several[name]()) == together
+    assert compare._several(Upscaler("tiny", workers=1), clip) == ({}, 1)
+
+
 def test_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "SIZE", SIZE)
-    monkeypatch.setattr(bench, "SMALL_SIZES", ((8, 10), SIZE))
-    monkeypatch.setattr(bench, "SECONDS", dict.fromkeys(bench.SECONDS, 0.0))
+    monkeypatch.setattr(compare, "SIZE", SIZE)
+    monkeypatch.setattr(compare, "SMALL_SIZES", ((8, 10), SIZE))
+    monkeypatch.setattr(compare, "SECONDS", dict.fromkeys(compare.SECONDS, 0.0))
     paths = accuracy.paths
     monkeypatch.setattr(accuracy, "paths", lambda *of: {"bf16": paths(*of)["bf16"]})
     plot, copy = tmp_path / "plot.svg", tmp_path / "bench.json"
@@ -221,7 +240,7 @@ def test_command(monkeypatch, tmp_path, capsys):
         for what in ("naive, fp32", "ours, dense, 7 encodes", "ours, streamed"):
             assert (preset, width, what) in frames
     stages = {row["what"] for row in rows if row["part"] == "stage"}
-    assert stages == {*bench.STAGES, "rest", "video in", "video out"}
+    assert stages == {*compare.STAGES, "rest", "video in", "video out"}
     for row in rows:
         assert (row["ms"] is None) == ("not run" in str(row.get("note")))
     # a line for each preset and variant, beside the markers

@@ -749,15 +749,15 @@ def test_side_by_side_what_came_before_an_error_is_given(model, workers):
     assert torch.equal(torch.stack(given), run(model, frames, workers=workers)[: 9 - REACH])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_results_are_ordinary_tensors(model, workers):
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"batch": 2}])
+def test_results_are_ordinary_tensors(model, options):
     """Whatever mode the caller is in, now and then."""
-    results = upscale(noise(9, 8, 8), model, workers=workers)
+    results = upscale(noise(9, 8, 8), model, **options)
     with torch.inference_mode():
-        next(results)
+        first = torch.as_tensor(next(results))
     scale = torch.ones((), requires_grad=True)
-    result = torch.as_tensor(next(results))
-    (result.mul_(255) * scale).sum().backward()
+    for result in (first, torch.as_tensor(next(results))):
+        (result.mul_(255) * scale).sum().backward()
     assert scale.grad is not None
     assert len(list(results)) == 7
 
