@@ -17,7 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, PngImagePlugin
-from PIL.ExifTags import IFD
+from PIL.ExifTags import IFD, TAGS
 
 from .color import alpha_of, to_rgb
 from .yuv import Color
@@ -36,13 +36,22 @@ _DAMAGED = (
     SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
     zlib.error, ZeroDivisionError, AttributeError,
 )  # fmt: skip
-# the part of EXIF that is not about the file: texts, camera, author, times, place
-_LASTING = {270, 271, 272, 305, 306, 315, 316, 33432, *range(40091, 40096), IFD.Exif, IFD.GPSInfo}
+# the part of EXIF that is not about the file: texts, camera, author, times, rating, place
+_LASTING = {
+    269, 270, 271, 272, 285, 305, 306, 315, 316, 18246, 18249, 33432, *range(40091, 40096),
+    IFD.Exif, IFD.GPSInfo,
+}  # fmt: skip
+# and the part that is about the file alone, or passes in another way: layout, compression, colors
+_OF_THE_FILE = {
+    *range(254, 267), 273, 274, *range(277, 285), *range(288, 294), 296, 297, 301, *range(317, 333),
+    338, 339, 340, 341, 347, *range(512, 533), 559, 700, 33723, 34377, 34665, 34675, 34853, 50341,
+}  # fmt: skip
 _SIZE = (40962, 40963)  # in pixels, as it was
 _TURN = re.compile(rb"""(tiff:Orientation(?:\s*=\s*["']|>)\s*)[2-8]""")
 _PNG_HEAD = 33  # bytes of a PNG file before the place of its tags
 _COLOR_TAGS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"sRGB": 1}  # and their bytes
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_RAW = re.compile(rb"Raw profile type ((?!exif\0)[^\0]*)\0")  # as ImageMagick writes them
 # what else a PNG file may have that is of no use later, or passes in another way
 _PASSED = {b"tRNS", b"bKGD", b"sBIT", b"hIST", b"tIME", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
 _MOST = PngImagePlugin.MAX_TEXT_CHUNK  # bytes of a profile or a text that Pillow reads: 1 MiB
@@ -78,7 +87,7 @@ def _open(content: _File) -> Image.Image:
     try:
         return Image.open(content, formats=tuple(FORMATS))
     except ValueError as error:
-        if "MAX_TEXT_CHUNK" not in str(error):
+        if "MAX_TEXT_" not in str(error):
             raise
     content.seek(0)
     data = content.read()
@@ -170,18 +179,21 @@ def _tags(image: Image.Image, file: Path, lost: Callable[[str], None]) -> Tags:
         tags["color profile"] = profile
     elif profile:
         lost("a color profile is left out: it is damaged, or not one of RGB")
+    unkept = []
     try:
-        if exif := _lasting(image.getexif()):
-            tags["EXIF"] = exif
+        exif = image.getexif()
+        others = sorted(set(exif) - _LASTING - _OF_THE_FILE)
+        unkept += [TAGS.get(tag, f"tag {tag}") for tag in others]
+        if lasting := _lasting(exif):
+            tags["EXIF"] = lasting
     except _DAMAGED:
         lost("EXIF is damaged and left out")
     if isinstance(xmp := image.info.get("xmp"), bytes):
         tags["XMP"] = _TURN.sub(rb"\g<1>1", xmp)
-    unkept = []
     if image.format == "PNG" and not image.info.get(_UNREAD):
-        unkept = _png_tags(file.read_bytes(), tags)
+        unkept += _png_tags(file.read_bytes(), tags)
     elif image.format != "PNG":
-        unkept = ["IPTC"] * bool(_has_iptc(image))
+        unkept += ["IPTC"] * bool(_has_iptc(image))
         if isinstance(comment := image.info.get("comment"), bytes) and len(comment) < _MOST:
             tags["texts"] = _chunk(b"tEXt", b"Comment\0" + comment.replace(b"\0", b""))
         x, y = image.info.get("dpi", (1, 1))
@@ -201,8 +213,8 @@ def _png_tags(png: bytes, tags: Tags) -> list[str]:
             (b"XML:com.adobe.xmp\0", b"Raw profile type ")
         ):
             texts += _chunk(kind, content)
-        elif content.startswith(b"Raw profile type iptc\0") and kind in _TEXTS:
-            unkept.append("IPTC")
+        elif kind in _TEXTS and (raw := _RAW.match(content)):
+            unkept.append({b"iptc": "IPTC"}.get(raw[1], f"raw profile {raw[1].decode('latin-1')}"))
         elif _COLOR_TAGS.get(kind) == len(content):
             of_colors += _chunk(kind, content)
         elif kind == b"pHYs" and len(content) == 9:
@@ -281,14 +293,18 @@ def _split(image: Image.Image) -> Picture:
 
 def _is_deep(image: Image.Image) -> bool:
     """More than 8 bits per channel, which the mode alone does not tell."""
-    if not FORMATS[image.format or ""]:  # BMP has 16 bits for three channels
+    # BMP has 16 bits for three channels; JPEG with several pictures is called MPO
+    if not FORMATS.get(image.format or ""):
         return False
     return image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", ""))
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, 1 to 8 as in EXIF."""
-    turn = image.getexif().get(0x0112, 1)
+    """How the camera was held, 1 to 8 as in EXIF; upright where that is damaged."""
+    try:
+        turn = image.getexif().get(0x0112, 1)
+    except _DAMAGED:  # the picture itself need not be
+        return 1
     return turn if turn in range(1, 9) else 1
 
 

@@ -32,6 +32,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -55,7 +56,7 @@ from . import planner, preview, segments
 from .attention import BACKENDS
 from .checkpoint import CheckpointError, named_weights
 from .encoder import ENCODER_MEMORY
-from .frame import explained
+from .frame import explained, reason
 from .images import SUFFIXES
 from .model import MANA, SCALE
 from .segments import Seen, Trail, frames_after, open_resumable
@@ -655,8 +656,8 @@ def _peak_mib() -> float | None:
     """Peak resident memory of this process; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():  # what follows would count the program that started this one, too
-        peak = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return round(int(peak.split()[1]) / (1 << 10), 1)
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        return round(int(peak[1]) / (1 << 10), 1) if peak else None
     if sys.platform == "win32":
         return None
     import resource
@@ -713,7 +714,12 @@ def main() -> None:
         sys.exit(f"error: {_in_words(error, args.input)}")
     except KeyboardInterrupt:
         sys.exit("error: stopped; the same command continues")
-    print(json.dumps(summary))
+    try:
+        print(json.dumps(summary), flush=True)
+    except OSError as error:
+        # else the interpreter would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: the work is done, but stdout cannot take its summary: {reason(error)}")
     sys.exit(code)
 
 

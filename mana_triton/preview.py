@@ -1,5 +1,6 @@
 """One frame beside its bicubic enlargement, with the most detailed places zoomed, as a PNG."""
 
+import sys
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ def enlarged_frame(reader: Reader, upscaler: Upscaler, number: int) -> tuple[np.
     """
     trail = Trail(upscaler.reach)
     window: deque[tuple[np.ndarray, bool]] = deque(maxlen=2 * upscaler.reach + 1)
-    for frame in islice(iter(reader), number + upscaler.reach + 1):
+    for frame in islice(iter(reader), min(number + upscaler.reach + 1, sys.maxsize)):
         window.append((frame.rgb, trail.see(frame)[0]))
     if trail.number <= number:
         raise MediaError(

@@ -269,8 +269,16 @@ class VideoReader(_Reader):
             end = min(self._end, self._end if self.stop is None else float(self.stop))
             self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
         self._name_lost_tags()
-        if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & set(side_data):
+
+    def _name_lost_data(self, frame: Timed) -> None:
+        """Note what stands beside the pixels of single frames and cannot be written."""
+        if self._stream.codec_context.name in ("png", "apng"):  # see `_describe`
+            return
+        kinds = {data.type.name for data in frame.side_data}
+        if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & kinds:
             self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
+        if "A53_CC" in kinds:
+            self._note("closed captions (CEA-608, CEA-708) inside the pictures are left out")
 
     def _name_lost_tags(self) -> None:
         """Note what a picture that is read as a video loses."""
@@ -428,6 +436,7 @@ class VideoReader(_Reader):
     def __iter__(self) -> Iterator[Frame]:
         for picture in self._frames:
             frame, color = picture, self._color_of(picture)
+            self._name_lost_data(picture)
             if (frame.width, frame.height) != (self.width, self.height):
                 self._note(f"the picture size changes; all is scaled to {self.width}x{self.height}")
                 size = self.width, self.height
@@ -563,6 +572,11 @@ class ImageFolderReader(_Reader):
             with explained(file, "read the picture"):
                 rgb, alpha, tags = images.read_picture(file, self._note)
             rgb, alpha = self._announced(rgb, alpha)
+            if rgb.shape[:2] != (self.height, self.width):
+                raise MediaError(
+                    f"{file}: was {self.width}x{self.height} when the work began, and is"
+                    f" {rgb.shape[1]}x{rgb.shape[0]} now; put back the pictures of before"
+                )
             yield Frame(rgb, index, self.time_base, 1, file.stem, alpha, tags=tags)
 
 

@@ -4,8 +4,8 @@
 
 FOLDER holds intact files. Case n damages file n % count by seed n. "ready" is printed when all is
 loaded, before each case its number, and after it "bad <traceback>" unless it ended well or with the
-one error that the API promises. The caller watches for crashes and for silence. The address space
-is limited to what is in use at the beginning and 1 GiB.
+one error that the API promises; "done" at the end. The caller watches for crashes and for silence.
+The address space is limited to what is in use at the beginning and 1 GiB.
 """
 
 import resource
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,6 +26,7 @@ from mana_triton.video import MediaError, open_reader, open_writer
 ROOM = 1 << 30  # bytes a case may take
 FRAMES = 30
 WEIGHTS = (".safetensors", ".pt")
+TARGETS = ("out.mkv", "out.mp4", "out.ts", "out")  # the last a folder of pictures
 
 
 def damaged(data: bytes, seed: int) -> bytes:
@@ -56,14 +58,15 @@ def damaged(data: bytes, seed: int) -> bytes:
     return bytes(out)
 
 
-def attempt(source: Path, folder: Path) -> None:
-    """Load weights, or read, and write as Matroska what comes with the pictures."""
+def attempt(source: Path, target: Path) -> None:
+    """Load weights, or read, and write what comes with the pictures."""
     if source.suffix in WEIGHTS:
         load(source)
         return
-    target = folder / "out.mkv"
     with open_reader(source.parent if is_picture(source) else source) as reader:
-        settings = {"options": {"preset": "ultrafast"}, "overwrite": True}
+        settings: dict[str, Any] = {"overwrite": True}
+        if target.suffix:
+            settings["options"] = {"preset": "ultrafast"}
         size = 2 * (reader.width // 2 + 1), 2 * (reader.height // 2 + 1)
         if size[0] * size[1] > 2**20:  # large, and allowed: but not worth the time here
             return
@@ -97,13 +100,14 @@ def main() -> None:
             source.parent.mkdir(exist_ok=True)
             source.write_bytes(damaged(file.read_bytes(), case))
             try:
-                attempt(source, folder)
+                attempt(source, folder / TARGETS[case % len(TARGETS)])
             except (MediaError, CheckpointError) as error:
                 if "\n" in str(error):
                     print("bad", repr(str(error)), flush=True)
             except BaseException:
                 print("bad", repr(traceback.format_exc()), flush=True)
             source.unlink()
+        print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -736,6 +736,7 @@ def test_detail_is_where_it_is():
     ("arguments", "message"),
     [
         (["--preview", "5"], "{}/clip.mp4: has 5 frames, numbered from 0; there is no 5"),
+        (["--preview", "9" * 20], "{}/clip.mp4: has 5 frames, numbered from 0; there is no 9"),
         (["--preview", "1", "-o", "{}/x.mp4"], "{}/x.mp4: must end in .png, as --preview writes"),
         (["--preview", "1", "-o", "{}/old.png"], "{}/old.png: exists; use --overwrite"),
     ],
@@ -933,3 +934,22 @@ def test_peak_memory_is_not_that_of_the_program_that_started_it():
         [sys.executable, "-c", outer], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert 50 < float(result.stdout) < 1000
+
+
+@pytest.mark.parametrize("status", ["VmRSS:\t  5 kB\n", "VmPeak: 1 kB\nVmHWM:\t    2048 kB\n"])
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(status, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: status)
+    assert infer._peak_mib() == (2.0 if "VmHWM" in status else None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_summary_that_cannot_be_printed_is_one_line(clip, weights):
+    command = [sys.executable, "-m", "mana_triton.infer", clip, "-n", weights, *FAST]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the work is done, but stdout cannot")
+    assert clip.with_name("clip_x4.mp4").exists()
