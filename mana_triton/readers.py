@@ -235,7 +235,8 @@ class VideoReader(_Reader):
             return float(self.timeline.ends[stream.index])
         if stream.duration:
             return float(((stream.start_time or 0) + stream.duration) * self.time_base)
-        if clock := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+        clock = re.fullmatch(r"(\d+):(\d+):(\d+(\.\d*)?)", stream.metadata.get("DURATION", ""))
+        if clock:
             return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])  # Matroska
         length = container.duration if len(container.streams) == 1 else None
         return length / av.time_base if length else None

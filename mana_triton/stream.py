@@ -698,9 +698,23 @@ def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if precision != "auto":
         return precision, "as asked"
     if device.type != "cuda":
-        return "fp32", "the fastest here"
+        return _fastest_on_a_processor() if device.type == "cpu" else ("fp32", "safe on any device")
     native = torch.cuda.get_device_capability(device)[0] >= 8
     return ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16")
+
+
+def _fastest_on_a_processor() -> tuple[str, str]:
+    """The precision of convolutions that take least time, and why.
+
+    Instructions for bfloat16 alone do not tell: against float32 the convolutions of `paper` took
+    half the time on an AMD EPYC with AVX512-BF16, and 1.5 times as long on an Intel Xeon with it.
+    """
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # which older PyTorch does not have
+    if known.get("amx_bf16"):
+        return "bf16", "by this processor's AMX"
+    if known.get("avx512_bf16") and "AMD" in known.get("cpu_name", ""):
+        return "bf16", "by this processor's AVX512-BF16"
+    return "fp32", "the fastest here"
 
 
 class CutDetector:

@@ -4,6 +4,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def float32_on_every_processor(monkeypatch):
+    """What is chosen by itself is the same wherever the tests run."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
 @pytest.fixture
 def one_thread():
     """PyTorch on one thread: small tensors gain nothing from more."""

@@ -202,6 +202,22 @@ def test_backends_agree(model):
     assert 0 < (tiled - reference).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, "bf16 (by this proc"),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16 (by this proc"),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "fp32 (the fastest here)"),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, "fp32 (the fastest here)"),
+        ({"bf16": True, "architecture": "aarch64"}, "fp32 (the fastest here)"),
+    ],
+)  # fmt: skip
+def test_bfloat16_is_chosen_where_it_is_faster(known, expected, model, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert Upscaler(model, device="cpu").description.startswith(f"cpu, {expected}")
+    assert Upscaler(model, device="cpu", precision="fp32").precision == "fp32"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close(precision, model):
     frames = noise(3, 9, 11)
