@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--stills", type=Path, nargs="+", metavar="PATH", help="pictures")
-    source.add_argument("--clips", type=Path, nargs="+", metavar="PATH", help="videos, frames")
+    source.add_argument("--clips", type=Path, nargs="+", metavar="PATH", help="videos, or frames")
     add("--weights", type=_named, nargs="+", required=True, metavar="NAME=FILE", help="networks")
     add("--pictures", type=int, default=20, help="how many of them, at most (20)")
     add("--size", type=int, default=192, help="original pixels of a window's side (192)")
