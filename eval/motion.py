@@ -1,13 +1,14 @@
 """PSNR against motion: neighbor frames shifted by 0 to 40 pixels, the paper's claim tested.
 
-    python eval/motion.py --stills DATA/stills --weights bias=A.safetensors none=B.safetensors
+    python eval/motion.py --clips DATA/val --weights tiny=tiny none=B.safetensors
 
-cuts windows out of pictures: the six neighbors are the same scene shifted by a number of original
-pixels, each in another of six directions, by real content and not by warping. At 0 the neighbors
-are copies; beyond it they add samples between the pixels, for a network that finds them. Each
-network is also fed neighbors that optical flow (TV-L1 of scikit-image, on the low-resolution
-frames) has warped onto the center frame, and the center frame seven times. The border that some
-shift leaves is never scored. The last line of stdout is one JSON object.
+cuts windows out of pictures (--stills) or of evenly spaced frames of clips: the six neighbors are
+the same scene shifted by a number of original pixels, each in another of six directions, by real
+content and not by warping. At 0 the neighbors are copies; beyond it they add samples between the
+pixels, for a network that finds them. Each network is also fed neighbors that optical flow (TV-L1
+of scikit-image, on the low-resolution frames) has warped onto the center frame, and the center
+frame seven times. The border that some shift leaves is never scored. The last line of stdout is one
+JSON object.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from mana_triton.checkpoint import CheckpointError
 from mana_triton.data import (
     SCALE,
     WINDOW,
-    Clip,
     DataError,
     degrade,
     open_clips,
@@ -41,6 +41,8 @@ from mana_triton.metrics import psnr, rgb_to_y
 
 SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels
 CENTER = WINDOW // 2
+ALONE, ALIGNED = ", center alone", ", aligned by flow"  # after a network's name
+LINES = {ALONE: ":", ALIGNED: "--"}  # of the plot
 
 
 def window(picture: np.ndarray, shift: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -77,53 +79,65 @@ def aligned(lr: np.ndarray) -> np.ndarray:
     return result
 
 
-def windows(clips: list[Clip], args: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
-    """(shift, frames [7, size, size, 3]) of every picture; one place for all shifts."""
-    for number, clip in enumerate(clips):
-        for shift in SHIFTS:
-            rng = np.random.Generator(np.random.Philox(seed=[args.seed, number]))
-            yield shift, window(clip.frames[0], shift, args.size, rng)
-
-
-def methods(weights: dict[str, Path], flow: bool) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Name -> function of low-resolution frames [7, h, w, 3] to [4h, 4w, 3], both uint8."""
-    result = {"bicubic": lambda lr: upscale_bicubic(torch.from_numpy(lr[CENTER].copy())).numpy()}
-    for name, path in weights.items():
-        model = checkpoint.load(path)
-
-        @torch.no_grad()
-        def enlarge(lr: np.ndarray, model=model) -> np.ndarray:
-            frames = rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").float() / 255
-            x = model(frames)[0].mul(255).round().clamp(0, 255).byte()
-            return rearrange(x, "c h w -> h w c").numpy()
-
-        result[name] = enlarge
-        result[f"{name}, center alone"] = lambda lr, enlarge=enlarge: enlarge(
-            np.repeat(lr[CENTER : CENTER + 1], WINDOW, 0)
-        )
-        if flow:
-            result[f"{name}, aligned by flow"] = lambda lr, enlarge=enlarge: enlarge(aligned(lr))
-    return result
-
-
-def measure(args: argparse.Namespace) -> list[dict]:
-    """One row per method: mean PSNR in dB for each shift, over the pictures."""
+def pictures(args: argparse.Namespace) -> list[np.ndarray]:
+    """What windows are cut out of [H, W, 3]; of each clip as many frames."""
     needed = args.size + 2 * max(SHIFTS)
-    clips = open_clips(args.stills, args.cache, kind="still")
+    kind = "still" if args.stills else "clip"
+    clips = open_clips(args.stills or args.clips, args.cache, kind=kind)
     usable = [clip for clip in clips if min(clip.shape[1:3]) >= needed][: args.pictures]
     if not usable:
         raise DataError(
             f"pictures must have at least {needed} pixels each way, none of {len(clips)} has; "
             "lower --size"
         )
-    chosen = methods(args.weights, not args.no_flow)
-    scores = {name: {shift: [] for shift in SHIFTS} for name in chosen}
-    for shift, hr in windows(usable, args):
-        lr = degrade(torch.from_numpy(hr)).numpy()
-        for name, enlarge in chosen.items():
-            scores[name][shift].append(psnr(enlarge(lr), hr[CENTER], crop_border=args.border))
+    each = args.pictures // len(usable)
     return [
-        {"method": name, "pictures": len(usable)}
+        clip.frames[index]
+        for clip in usable
+        for T in [clip.shape[0]]
+        for index in np.linspace(0, T - 1, min(each, T)).round().astype(int)
+    ]
+
+
+def windows(frames: list[np.ndarray], args: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
+    """(shift, frames [7, size, size, 3]) of every picture; one place for all shifts."""
+    for number, frame in enumerate(frames):
+        for shift in SHIFTS:
+            rng = np.random.Generator(np.random.Philox(seed=[args.seed, number]))
+            yield shift, window(frame, shift, args.size, rng)
+
+
+def network(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Function of low-resolution frames [7, h, w, 3] to [4h, 4w, 3], both uint8."""
+    model = checkpoint.load(path)
+
+    @torch.no_grad()
+    def enlarge(lr: np.ndarray) -> np.ndarray:
+        frames = rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").float() / 255
+        x = model(frames)[0].mul(255).round().clamp(0, 255).byte()
+        return rearrange(x, "c h w -> h w c").numpy()
+
+    return enlarge
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """One row per method: mean PSNR in dB for each shift, over the pictures."""
+    frames = pictures(args)
+    networks = {name: network(path) for name, path in args.weights.items()}
+    scores: dict[str, dict[int, list[float]]] = {}
+    for shift, hr in windows(frames, args):
+        lr = degrade(torch.from_numpy(hr)).numpy()
+        given = {"": lr, ALONE: np.repeat(lr[CENTER : CENTER + 1], WINDOW, 0)}
+        if not args.no_flow:
+            given[ALIGNED] = aligned(lr)
+        results = {"bicubic": upscale_bicubic(torch.from_numpy(lr[CENTER].copy())).numpy()}
+        for name, enlarge in networks.items():
+            results |= {f"{name}{suffix}": enlarge(x) for suffix, x in given.items()}
+        for name, result in results.items():
+            row = scores.setdefault(name, {shift: [] for shift in SHIFTS})
+            row[shift].append(psnr(result, hr[CENTER], crop_border=args.border))
+    return [
+        {"method": name, "pictures": len(frames)}
         | {"psnr_db": {str(shift): float(np.mean(values)) for shift, values in row.items()}}
         for name, row in scores.items()
     ]
@@ -144,8 +158,13 @@ def plot(rows: list[dict]) -> bytes:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    colors: dict[str, str] = {}  # one for a network, whatever it is given
     for row in rows:
-        axes.plot(SHIFTS, list(row["psnr_db"].values()), marker="o", label=row["method"])
+        name, _, _ = row["method"].partition(", ")
+        line = LINES.get(row["method"].removeprefix(name), "-")
+        color = colors.setdefault(name, f"C{len(colors)}")
+        values = list(row["psnr_db"].values())
+        axes.plot(SHIFTS, values, line, marker="o", ms=3, color=color, label=row["method"])
     axes.set(xlabel="shift of the neighbors, original pixels", ylabel="PSNR RGB, dB")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -165,9 +184,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--stills", type=Path, nargs="+", required=True, metavar="PATH", help="pictures")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--stills", type=Path, nargs="+", metavar="PATH", help="pictures")
+    source.add_argument("--clips", type=Path, nargs="+", metavar="PATH", help="videos, or frames")
     add("--weights", type=_named, nargs="+", required=True, metavar="NAME=FILE", help="networks")
-    add("--pictures", type=int, default=20, help="how many of them (20)")
+    add("--pictures", type=int, default=20, help="how many of them, at most (20)")
     add("--size", type=int, default=192, help="original pixels of a window's side (192)")
     add("--border", type=int, default=40, help="pixels that are not scored (40, the largest shift)")
     add("--seed", type=int, default=0, help="of places and directions (0)")

@@ -4,7 +4,8 @@
 
 Methods: bicubic (MATLAB's kernel); mana:WEIGHTS streams a clip as infer does, WEIGHTS being a
 shipped name or a file; center:WEIGHTS gives the network every frame seven times, so that it sees
-no neighbors; folder:PATH takes frames that another program made, one folder or video per clip.
+no neighbors; ensemble:WEIGHTS is the mean over a clip's eight flips and turns, at eight times the
+work; folder:PATH takes frames that another program made, one folder or video per clip.
 Data sets: any folder of videos or of folders of frames, under any name. The names Vimeo-90K (only
 im4 is scored), Vimeo-90K-Motion and REDS4 mean what they do in the literature, and of these, Vid4,
 SPMCS, UDM10 and Parkour it is known how many clips and frames are the whole.
@@ -41,7 +42,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO, TextIOWrapper
-from itertools import tee
+from itertools import product, tee
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from eval import accuracy, bench, compare, report
 from eval.datasets import (
@@ -87,12 +89,14 @@ from mana_triton.metrics import (
     tof,
 )
 from mana_triton.real import compress
-from mana_triton.stream import Upscaler
+from mana_triton.stream import CutDetector, Picture, Upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
 PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"
 RESULT = {"clip", "method", "lr_sha256", "worst", "frames", "scores"}  # keys of a kept result
-METHODS = "bicubic, mana:WEIGHTS, center:WEIGHTS or folder:PATH"
+METHODS = "bicubic, mana:WEIGHTS, center:WEIGHTS, ensemble:WEIGHTS or folder:PATH"
+NETWORKS = ("mana", "center", "ensemble")
+SYMMETRIES = tuple(product(range(4), (False, True)))  # quarter turns, whether mirrored after them
 Frames = Iterator[np.ndarray]  # [H, W, 3] uint8 each
 Pair = tuple[np.ndarray, np.ndarray]  # original, enlarged
 Size = tuple[int, ...]  # height, width
@@ -185,6 +189,8 @@ def enlarge(method: str, lr: Frames, scored: range, protocol: Protocol) -> Frame
         for index, frame in enumerate(lr):
             if index in scored:
                 yield _window(upscaler, [frame] * frames)
+    elif kind == "ensemble":
+        yield from _ensemble(upscaler, lr, scored)
     elif scored == MIDDLE:  # a Vimeo-90K sequence is one window
         yield _window(upscaler, list(lr))
     else:
@@ -199,7 +205,42 @@ def _window(upscaler: Upscaler, frames: list[np.ndarray]) -> np.ndarray:
     x = rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> 1 t c h w")
     x = x.to(upscaler.device).float() / 255
     out = upscaler.model(x.to(next(upscaler.model.parameters()).dtype))[0].float()
-    return rearrange(out.clamp(0, 1) * 255, "c h w -> h w c").round().byte().cpu().numpy()
+    return _to_uint8(out.clamp(0, 1))
+
+
+def _ensemble(upscaler: Upscaler, lr: Frames, scored: range) -> Frames:
+    """The mean of the enlargements of a clip's eight flips and turns, each turned back."""
+    frames = (rearrange(torch.from_numpy(x), "h w c -> c h w").float() / 255 for x in lr)
+    streams = [
+        _turned_stream(upscaler, copy, *symmetry, cuts=scored != MIDDLE)
+        for copy, symmetry in zip(tee(frames, len(SYMMETRIES)), SYMMETRIES, strict=True)
+    ]
+    for index, results in enumerate(zip(*streams, strict=True)):
+        if index in scored:
+            yield _to_uint8(torch.stack(results).mean(dim=0))
+
+
+def _turned_stream(
+    upscaler: Upscaler, frames: Iterable[Tensor], turns: int, mirrored: bool, cuts: bool
+) -> Iterator[Tensor]:
+    """Turn frames [3, H, W] in [0, 1], enlarge and turn back; cuts are found before turning."""
+
+    def there(x: Tensor) -> Tensor:
+        x = torch.rot90(x, turns, (1, 2))
+        return x.flip(2) if mirrored else x
+
+    def back(x: Picture) -> Tensor:
+        x = torch.as_tensor(x)
+        return torch.rot90(x.flip(2) if mirrored else x, -turns, (1, 2))
+
+    is_cut = CutDetector().is_cut
+    stream = upscaler.stream(map(there, frames), is_cut=lambda x: cuts and is_cut(back(x)))
+    return map(back, stream)
+
+
+def _to_uint8(frame: Tensor) -> np.ndarray:
+    """[3, H, W] in [0, 1] -> [H, W, 3] uint8."""
+    return rearrange(frame * 255, "c h w -> h w c").round().byte().cpu().numpy()
 
 
 def check_method(name: str, protocol: Protocol) -> str | None:
@@ -207,7 +248,7 @@ def check_method(name: str, protocol: Protocol) -> str | None:
     kind, _, value = name.partition(":")
     if name == "bicubic" or (kind == "folder" and value):
         return None
-    if kind not in ("mana", "center") or not value:
+    if kind not in NETWORKS or not value:
         raise MethodError(f"method must be {METHODS}, got '{name}'")
     file = WEIGHTS / f"{value}.safetensors" if value in named_weights() else Path(value)
     try:
@@ -709,7 +750,7 @@ def _describe(methods: list[str], protocol: Protocol) -> dict[str, dict]:
     for method in methods:
         kind, _, weights = method.partition(":")
         about[method] = {"dtype": "uint8", "device": "cpu"} if kind == "bicubic" else {}
-        if kind in ("mana", "center"):
+        if kind in NETWORKS:
             upscaler = _upscaler(weights, protocol.device, protocol.precision)
             about[method] = {
                 "dtype": upscaler.precision,

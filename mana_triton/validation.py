@@ -20,6 +20,7 @@ from mana_triton.data import SCALE, WINDOW, Clip, degrade, upscale_bicubic
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA
 from mana_triton.real import LowClip
+from mana_triton.stream import window_numbers
 
 PSNR_CAP = 100.0  # dB, for frames that are reproduced exactly
 
@@ -96,7 +97,7 @@ class Validation:
         T, H, W, _ = clip.shape
         H, W = H // SCALE * SCALE, W // SCALE * SCALE
         for center in np.linspace(0, T - 1, min(self.frames, T)).round().astype(int):
-            times = [reflect(center + i - WINDOW // 2, T) for i in range(WINDOW)]
+            times = window_numbers(center, 0, T - 1, WINDOW)
             hr = clip.frames[times, :H, :W]
             if self.low:
                 lr = torch.from_numpy(self.low[clip.path][0].frames()[times])
@@ -104,12 +105,6 @@ class Validation:
                 lr = degrade(torch.from_numpy(hr), self.degradation)
             lr = rearrange(lr, "t h w c -> 1 t c h w").float() / 255
             yield lr, hr[WINDOW // 2]
-
-
-def reflect(index: int, length: int) -> int:
-    """Frame index mirrored into 0..length-1; the first and last frames are not repeated."""
-    period = max(1, 2 * (length - 1))
-    return min(index % period, period - index % period)
 
 
 def _to_uint8(frame: Tensor) -> Tensor:

@@ -136,6 +136,18 @@ def test_the_curves_of_a_network(tmp_path, monkeypatch, capsys):
     assert "<svg" in Path(tmp_path / "curves.svg").read_text()
 
 
+def test_frames_of_clips_are_evenly_spaced(tmp_path):
+    for clip, T in (("one", 5), ("two", 9), ("small", 3)):
+        (tmp_path / clip).mkdir()
+        for i in range(T):
+            pixels = np.full((200 if clip != "small" else 100, 210, 3), 10 * i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / clip / f"{i}.png")
+    command = ["--weights", "tiny", "--size", "96", "--clips", str(tmp_path), "--pictures", "7"]
+    args = motion.parse_args([*command, "--cache", str(tmp_path / "cache")])
+    levels = [int(x.max()) for x in motion.pictures(args)]
+    assert levels == [0, 20, 40, 0, 40, 80]  # three of each, since a fourth would be too many
+
+
 @pytest.mark.parametrize("argv", [["--size", "90"], ["--size", "64"], ["--pictures", "0"]])
 def test_wrong_usage_exits_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:

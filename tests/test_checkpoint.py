@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import random_network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from mana_triton import checkpoint
 from mana_triton.checkpoint import CheckpointError, load, save
 from mana_triton.data import matlab_bicubic, upscale_bicubic
 from mana_triton.metrics import psnr
-from mana_triton.model import MANA, MANAConfig
+from mana_triton.model import MANAConfig
 
 CONFIG = MANAConfig(
     channels=8, encoder_blocks=1, decoder_blocks=2, memory_slots=3, match="cosine", offsets=True
@@ -30,16 +31,6 @@ CONFIG = MANAConfig(
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def model_of(config=CONFIG) -> MANA:
-    """A network in which no two parameters are alike."""
-    torch.manual_seed(0)
-    model = MANA(config)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.add_(torch.randn_like(x), alpha=0.1)
-    return model
 
 
 # --- our own files
@@ -51,7 +42,7 @@ def model_of(config=CONFIG) -> MANA:
     ids=["cosine", "no-memory", "logit-scale"],
 )
 def test_round_trip_is_bit_exact(config, tmp_path):
-    model = model_of(config)
+    model = random_network(config)
     save(model, tmp_path / "a.safetensors", iterations="90000", psnr_db="25.07", note="Grüße")
     again = load(tmp_path / "a.safetensors")
     assert again.config == config
@@ -71,7 +62,7 @@ def test_round_trip_is_bit_exact(config, tmp_path):
 
 
 def test_half_precision_halves_the_file(tmp_path):
-    model = model_of(replace(CONFIG, channels=32))
+    model = random_network(replace(CONFIG, channels=32))
     save(model, tmp_path / "full.safetensors")
     save(model, tmp_path / "half.safetensors", dtype=torch.float16)
     full, half = ((tmp_path / f"{x}.safetensors").stat().st_size for x in ("full", "half"))
@@ -86,7 +77,7 @@ def test_half_precision_halves_the_file(tmp_path):
 def test_save_replaces_a_file_and_leaves_it_readable_to_all(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_text("old")
-    save(model_of(), str(path))
+    save(random_network(CONFIG), str(path))
     assert load(str(path)).config == CONFIG
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
@@ -95,11 +86,11 @@ def test_save_replaces_a_file_and_leaves_it_readable_to_all(tmp_path):
 @pytest.mark.parametrize("failure", ["metadata", "disk"])
 def test_a_failed_save_leaves_nothing_behind(failure, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    save(model_of(), path, note="first")
+    save(random_network(CONFIG), path, note="first")
     before = path.read_bytes()
     if failure == "metadata":
         with pytest.raises(Exception, match="int"):
-            save(model_of(), path, note=3)  # pyright: ignore[reportArgumentType]
+            save(random_network(CONFIG), path, note=3)  # pyright: ignore[reportArgumentType]
     else:
 
         def full_disk(state, name, info):
@@ -108,7 +99,7 @@ def test_a_failed_save_leaves_nothing_behind(failure, tmp_path, monkeypatch):
 
         monkeypatch.setattr(checkpoint, "save_file", full_disk)
         with pytest.raises(OSError, match="no space left"):
-            save(model_of(), path)
+            save(random_network(CONFIG), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -118,8 +109,8 @@ def test_named_weights(tmp_path, monkeypatch):
     assert checkpoint.named_weights() == []
     with pytest.raises(CheckpointError, match=r"a shipped name \(none\) or an existing file"):
         load("tiny")
-    save(model_of(), tmp_path / "tiny.safetensors")
-    save(model_of(replace(CONFIG, channels=12)), tmp_path / "small.safetensors")
+    save(random_network(CONFIG), tmp_path / "tiny.safetensors")
+    save(random_network(replace(CONFIG, channels=12)), tmp_path / "small.safetensors")
     (tmp_path / "README.md").write_text("")
     assert checkpoint.named_weights() == ["small", "tiny"]
     assert mana_triton.load("tiny").config == CONFIG
@@ -152,7 +143,7 @@ def broken(tmp_path: Path, *, state=None, info=None) -> Path:
     path = tmp_path / "broken.safetensors"
     config = json.dumps(asdict(CONFIG))
     entries = {"format": "mana_triton/1", "config": config} | (info or {})
-    tensors = model_of().state_dict() | (state or {})
+    tensors = random_network(CONFIG).state_dict() | (state or {})
     save_file(
         {name: x for name, x in tensors.items() if x is not None},
         path,
@@ -270,7 +261,7 @@ def test_truncated_file(suffix, tmp_path):
     if suffix == ".pt":
         torch.save(official_state(), path)
     else:
-        save(model_of(), path)
+        save(random_network(CONFIG), path)
     content = path.read_bytes()
     for size in (4, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
@@ -610,7 +601,7 @@ def test_damaged_files_never_end_in_a_traceback(suffix, start, noise, tmp_path):
     original = tmp_path / f"original{suffix}"
     if not original.exists():
         if suffix == ".safetensors":
-            save(model_of(), original)
+            save(random_network(CONFIG), original)
         else:
             archive = suffix == ".pt"  # or the older form, a bare pickle
             state = official_state(channels=4, decoder=1)

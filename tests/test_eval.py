@@ -230,6 +230,63 @@ def test_networks_are_streamed_and_center_sees_no_neighbors(evaluate, folder, cl
     assert (streamed["dtype"], streamed["device"], streamed["memory_slots"]) == ("fp32", "cpu", 128)
 
 
+def ensemble(frames: np.ndarray, weights: Path, **options) -> np.ndarray:
+    """Self-ensemble by hand: [T, 4H, 4W, 3] in 0..255, not rounded."""
+    results = []
+    for clip, back in (
+        (frames, lambda x: x),
+        (frames[:, ::-1], lambda x: x[:, ::-1]),
+        (frames[:, :, ::-1], lambda x: x[:, :, ::-1]),
+        (frames[:, ::-1, ::-1], lambda x: x[:, ::-1, ::-1]),
+    ):
+        for transposed in (False, True):
+            x = clip.swapaxes(1, 2) if transposed else clip
+            x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2) / 255
+            large = np.stack([np.asarray(y) for y in upscale(x, weights, **options)])
+            large = large.transpose(0, 3, 2, 1) if transposed else large.transpose(0, 2, 3, 1)
+            results.append(back(large.astype(float)))
+    return 255 * np.mean(results, axis=0)
+
+
+def test_the_ensemble_is_the_mean_over_flips_and_turns(evaluate, folder, clips, weights):
+    methods = (f"mana:{weights}", f"ensemble:{weights}")
+    summary = evaluate("--data", f"toy={folder}", "--method", *methods)
+    streamed, mean = summary["rows"]
+    for name, frames in clips.items():
+        large = ensemble(shrunk(frames), weights).round()
+        expected = np.mean([psnr(a, b) for a, b in zip(large, frames[:, :68, :76], strict=True)])
+        # up to pixels that rounding to 8 bits decides
+        assert mean["per_clip"][name]["psnr_rgb"] == pytest.approx(expected, abs=1e-3)
+    assert mean["psnr_rgb"] > streamed["psnr_rgb"] + 0.01
+    assert (mean["weights_sha256"], mean["dtype"]) == (streamed["weights_sha256"], "fp32")
+
+
+def enlarge(method: str, lr: np.ndarray, scored: range) -> np.ndarray:
+    protocol = run.Protocol("matlab_bicubic", None, 0, False, None, "cpu", "fp32", "")
+    return np.stack(list(run.enlarge(method, iter(lr.copy()), scored, protocol))).astype(int)
+
+
+def test_the_ensemble_of_a_turned_clip_is_the_turned_ensemble(clips, weights):
+    lr = shrunk(clips["two"])
+    for method, follows in (("mana", False), ("ensemble", True)):
+        plain = enlarge(f"{method}:{weights}", lr, range(5))
+        for turn in (lambda x: x[:, ::-1], lambda x: x[:, :, ::-1], lambda x: x.swapaxes(1, 2)):
+            turned = enlarge(f"{method}:{weights}", turn(lr), range(5))
+            difference = np.abs(turned - turn(plain))
+            # sums in another order: few pixels lie so near to a half that it rounds them elsewhere
+            few = difference.max() <= 1 and np.mean(difference > 0) < 1e-3
+            assert few == follows
+
+
+def test_the_ensemble_of_a_vimeo_window_knows_no_cuts(clips, weights):
+    lr = shrunk(clips["one"][:7])
+    lr[5:] = 255 - lr[5:]  # would be a cut
+    (middle,) = enlarge(f"ensemble:{weights}", lr, datasets.MIDDLE)
+    expected, cut = (ensemble(lr, weights, scene_cuts=cuts)[3] for cuts in (False, True))
+    assert np.abs(middle - expected).max() <= 0.5 + 1e-3  # rounding, and sums in another order
+    assert np.abs(middle - cut).max() > 1
+
+
 @pytest.mark.parametrize("how", ["matlab_bicubic", "pil_bicubic"])
 def test_hash_is_that_of_the_low_resolution_frames(evaluate, folder, clips, how):
     row = only(evaluate("--data", f"a={folder}", "--method", "bicubic", "--degradation", how))
@@ -755,8 +812,9 @@ def mistakes(folder, tmp_path, clips) -> dict[str, str]:
     [
         ("--data a=nowhere --method bicubic", "nowhere must exist"),
         ("--data a=EMPTY --method bicubic", "must hold videos"),
-        ("--data a=FOLDER --method bicubik", "must be bicubic, mana:WEIGHTS, center:WEIGHTS or"),
+        ("--data a=FOLDER --method bicubik", "must be bicubic, mana:WEIGHTS, center:WEIGHTS, "),
         ("--data a=FOLDER --method mana:", "method must be bicubic, mana:WEIGHTS"),
+        ("--data a=FOLDER --method ensemble:", r"ensemble:WEIGHTS or folder:PATH, got 'ensemble:'"),
         ("--data a=FOLDER --method mana:huge", r"shipped name \(.*tiny.*\) or an existing file"),
         ("--data a=FOLDER --method mana:NOTES", "is not a safetensors file"),
         ("--data a=FOLDER --method mana:tiny --precision fp8", "precision must be auto, fp32"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import random_network
 from oracle import assert_as_accurate
 from torch import Tensor
 
@@ -31,23 +32,13 @@ GROWTHS = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def trained(config: MANAConfig) -> MANA:
-    """A network without a zero in it."""
-    torch.manual_seed(0)
-    model = MANA(config)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.add_(torch.randn_like(x), alpha=0.05)
-    return model
-
-
 def clip() -> Tensor:
     return torch.rand(1, 7, 3, 6, 9, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(("small", "larger"), GROWTHS.values(), ids=GROWTHS)
 def test_a_grown_network_computes_the_same(small, larger):
-    model = trained(small)
+    model = random_network(small)
     grown = grow(model, replace(small, **larger), part=0.0)
     assert grown.config == replace(small, **larger)
     with torch.no_grad():
@@ -58,7 +49,7 @@ def test_a_grown_network_computes_the_same(small, larger):
 
 
 def test_noise_in_the_memory_changes_little():
-    model = trained(SMALL)
+    model = random_network(SMALL)
     with torch.no_grad():
         change = grow(model, replace(SMALL, **TWICE))(clip()) - model(clip())
     assert 0 < change.abs().max() < 0.01
@@ -66,7 +57,7 @@ def test_noise_in_the_memory_changes_little():
 
 def test_twins_learn_different_things():
     """Equal channels with equal gradients would stay one channel for ever."""
-    grown = grow(trained(SMALL), replace(SMALL, **TWICE)).train()
+    grown = grow(random_network(SMALL), replace(SMALL, **TWICE)).train()
     twins = ("conv_first", "encoder.0.conv1", "decoder.1.conv2", "g", "upconv1", "upconv2")
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
     for _ in range(2):
