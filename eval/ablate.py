@@ -2,10 +2,12 @@
 
     python eval/ablate.py --data DATA/train --stills DATA/stills --val DATA/val --iterations 1000
 
-trains `tiny` and its variants from the same seeds on the same samples, one after the other (the
+trains `tiny` and its variants from the same weights on the same samples, one after the other (the
 same configuration under several names only once), and prints a table of their validation: the
 memory of the paper's Table 2 (0 to 1024 entries), the form of the Gaussian (bias, gate, none), dot
-or cosine matching, offsets on or off. The three stages take the paper's shares of the iterations.
+or cosine matching, offsets on or off. With --init-from encoder and decoder are trained ones at the
+beginning, and only the attention begins anew: short trainings tell more of its variants then.
+The three stages take the paper's shares of the iterations.
 `neighbors` is what seven real frames gain over the center frame seven times. A run that was stopped
 goes on, and finished ones are not repeated. OUT holds ablation.md with the table, the paths of
 sigma and the temperature, and how much smaller than the paper's this training was; the last line of
@@ -22,12 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 
 from eval.report import MEMORY_SIZES, MISSING
-from mana_triton import train
+from mana_triton import checkpoint, train
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.data import DataError
-from mana_triton.model import MANAConfig
+from mana_triton.model import MANA, MANAConfig
 
 TINY = MANAConfig.preset("tiny")
 GROUPS: dict[str, dict[str, MANAConfig]] = {
@@ -43,6 +46,9 @@ GROUPS: dict[str, dict[str, MANAConfig]] = {
         for offsets in (False, True)
     },
 }
+# what the variants are about; all else has the same weights in all of them at the beginning
+ATTENTION = ("phi", "theta", "g", "w_z", "w_z1", "sigma", "temperature", "memory")
+SHAPE = ("channels", "frames", "encoder_blocks", "decoder_blocks")
 SHARES = (0.6, 0.2, 0.2)  # of the paper's 90k, 30k and 30k iterations
 PAPER_SAMPLES = 150_000 * 16 * 64 * 64  # iterations, batch, pixels of a crop
 COLUMNS = ("group", "variant", "seed", "parameters", "psnr_db", "gain_db", "neighbors_db", "paper")
@@ -55,6 +61,25 @@ def stages(iterations: int, config: MANAConfig) -> tuple[int, int, int]:
     return first, second, iterations - first - second
 
 
+def beginning(config: MANAConfig, seed: int, trained: str | None) -> MANA:
+    """A variant's first weights: with one seed all but what it is about is as in the others.
+
+    trained: weights whose encoder and decoder are taken; None: untrained ones.
+    """
+    torch.manual_seed(seed)
+    model = MANA(config)
+    torch.manual_seed(seed)
+    plain = replace(config, memory_slots=0, match="dot", offsets=False, gaussian="bias", sigma=2.0)
+    base = checkpoint.load(trained) if trained else MANA(plain)
+    if any(getattr(base.config, x) != getattr(config, x) for x in SHAPE):
+        raise CheckpointError(f"{trained} must have the channels and blocks of tiny; it has others")
+    shared = {
+        name: x for name, x in base.state_dict().items() if name.split(".")[0] not in ATTENTION
+    }
+    model.load_state_dict(model.state_dict() | shared)
+    return model
+
+
 def flags(args: argparse.Namespace, config: MANAConfig, seed: int, out: Path) -> list[str]:
     """The flags of one training; what `train` has of its own is not repeated here."""
     paths = {"--data": args.data, "--stills": args.stills, "--val": args.val}
@@ -65,6 +90,7 @@ def flags(args: argparse.Namespace, config: MANAConfig, seed: int, out: Path) ->
     numbers |= {"--cache": args.cache, "--threads": args.threads, "--device": args.device}
     numbers |= {"--val-frames": args.val_frames, "--val-every": args.iterations, "--clip-grad": 1}
     numbers |= {"--warmup": 20, "--schedule": "cosine", "--save-every": 50}
+    numbers |= {"--init-from": out / "start.safetensors"}
     return given + [str(x) for item in numbers.items() for x in item]
 
 
@@ -77,6 +103,9 @@ def run_name(config: MANAConfig) -> str:
 def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> dict:
     """Train one variant, or go on, and read what its log says."""
     out = args.out / f"{run_name(config)}-{seed}"
+    if not (start := out / "start.safetensors").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(beginning(config, seed, args.init_from), start)
     train.train(train.parse_args(flags(args, config, seed, out)), config)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(entries) if "psnr_db" in entry)
@@ -84,7 +113,7 @@ def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> di
         "group": group,
         "variant": variant,
         "seed": seed,
-        "parameters": sum(p.numel() for p in train.MANA(config).parameters()),
+        "parameters": sum(p.numel() for p in MANA(config).parameters()),
         "psnr_db": last["psnr_db"],
         "gain_db": last["psnr_db"] - last["bicubic_psnr_db"],
         "neighbors_db": last["psnr_db"] - last["center_only_psnr_db"],
@@ -100,12 +129,14 @@ def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> di
 def markdown(rows: list[dict], args: argparse.Namespace) -> str:
     """The table, the paths, and what they are worth."""
     share = args.iterations * args.batch * args.crop**2 / PAPER_SAMPLES
+    began = "Encoder and decoder began alike"
+    began += f", as those of {args.init_from}." if args.init_from else "."
     lines = [
         f"Trained on 1/{1 / share:,.0f} of the paper's pixels ({args.iterations} iterations of "
         f"{args.batch} crops of {args.crop}x{args.crop}; the paper: 150,000 of 16 of 64x64) with a "
         "network of 0.3 M parameters instead of 14 M: which variant learns faster, not where each "
-        f"would end. PSNR in RGB of validation; {MISSING}: the paper's Table 2 is not in this "
-        "project's records.",
+        f"would end. {began} PSNR in RGB of validation; {MISSING}: the paper's Table 2 is not in "
+        "this project's records.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
@@ -140,6 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stills", help="as of mana_triton.train", **paths)
     add("--val", help="as of mana_triton.train; needed", **{**paths, "required": True})
     add("--groups", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="all")
+    add("--init-from", metavar="NAME|FILE", help="weights whose encoder and decoder all begin with")
     add("--iterations", type=int, default=1000, help="of each training (1000)")
     add("--seeds", type=int, nargs="+", default=[0], help="one training for each (0)")
     add("--crop", type=int, default=32, help="low-resolution pixels (32)")

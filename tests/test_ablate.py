@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import CONFIG, cache  # noqa: F401
 
@@ -38,6 +39,32 @@ def test_one_configuration_under_several_names_is_one_training():
     names = [ablate.run_name(c) for group in ablate.GROUPS.values() for c in group.values()]
     assert len(names) == 12 and len(set(names)) == 10
     assert names.count("memory-128") == 3  # bias, and cosine-offsets
+
+
+@pytest.mark.parametrize("trained", [None, "tiny"])
+def test_variants_begin_alike(trained):
+    """The size of the memory, drawn before it, made another decoder, and chance the difference."""
+    states = []
+    for config in (c for group in ablate.GROUPS.values() for c in group.values()):
+        states.append(ablate.beginning(config, 0, trained).state_dict())
+    other = ablate.beginning(ablate.TINY, 1, trained).state_dict()
+    for name in states[0]:
+        owned = name.split(".")[0] in ablate.ATTENTION
+        if not owned or name.split(".")[0] in ("phi", "g"):
+            assert all(torch.equal(states[0][name], state[name]) for state in states), name
+        if name == "phi.weight" or (name == "conv_last.weight" and not trained):
+            assert not torch.equal(states[0][name], other[name])
+    if trained:
+        kept = checkpoint.load(trained).state_dict()
+        assert torch.equal(states[3]["decoder.3.conv1.weight"], kept["decoder.3.conv1.weight"])
+        assert not torch.equal(states[1]["w_z.weight"], kept["w_z.weight"])
+    assert not states[1]["w_z.weight"].any()
+
+
+def test_other_networks_are_no_beginning(tmp_path):
+    checkpoint.save(MANA(CONFIG), tmp_path / "a.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match="must have the channels and blocks of ti"):
+        ablate.beginning(ablate.TINY, 0, str(tmp_path / "a.safetensors"))
 
 
 def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
