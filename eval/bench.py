@@ -280,7 +280,7 @@ def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, i
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset(preset))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", scene_cuts=False)
+    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
     list(upscaler.stream(demo_frames((32, 40), 8)))  # what the first call alone takes
     clip = demo_frames((height, width), 9)
     upscaler.plans[height, width] = Plan(*plan)

@@ -698,12 +698,12 @@ def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if precision != "auto":
         return precision, "as asked"
     if device.type != "cuda":
-        return _fastest_on_a_processor() if device.type == "cpu" else ("fp32", "safe on any device")
+        return fastest_on_a_processor() if device.type == "cpu" else ("fp32", "safe on any device")
     native = torch.cuda.get_device_capability(device)[0] >= 8
     return ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16")
 
 
-def _fastest_on_a_processor() -> tuple[str, str]:
+def fastest_on_a_processor() -> tuple[str, str]:
     """The precision of convolutions that take least time, and why.
 
     Instructions for bfloat16 alone do not tell: against float32 the convolutions of `paper` took

@@ -693,6 +693,7 @@ def test_an_unreadable_frame_loses_nothing(evaluate, folder, tmp_path, monkeypat
 
 def test_processes_change_nothing(evaluate, folder, weights, tmp_path):
     common = ("--data", f"toy={folder}", "--method", "bicubic", f"mana:{weights}", "--temporal")
+    common = (*common, "--precision", "fp32")
     alone = evaluate(*common)
     shutil.rmtree(tmp_path / "results")
     assert evaluate(*common, jobs=2)["rows"] == alone["rows"]

@@ -128,7 +128,8 @@ def _samples(frame: av.VideoFrame) -> bytes:
 
 def command(clip: Path, weights: Path, output: Path) -> list[object]:
     encoder = ENCODER if output.suffix else ()
-    return [clip, "-o", output, "-n", weights, *SEGMENT, *encoder]
+    # here and in the tests' own process, whatever the processor
+    return [clip, "-o", output, "-n", weights, "--precision", "fp32", *SEGMENT, *encoder]
 
 
 @pytest.fixture(scope="module")

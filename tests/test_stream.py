@@ -22,7 +22,15 @@ import mana_triton
 from mana_triton import checkpoint, planner, stream
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, Features, MANAConfig
-from mana_triton.stream import CutDetector, Upscaler, Waits, in_thread, mirror, upscale
+from mana_triton.stream import (
+    CutDetector,
+    Upscaler,
+    Waits,
+    fastest_on_a_processor,
+    in_thread,
+    mirror,
+    upscale,
+)
 from mana_triton.video import open_reader
 from mana_triton.yuv import Color, rgb_to_yuv
 
@@ -214,6 +222,7 @@ def test_backends_agree(model):
 )  # fmt: skip
 def test_bfloat16_is_chosen_where_it_is_faster(known, expected, model, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(stream, "fastest_on_a_processor", fastest_on_a_processor)
     assert Upscaler(model, device="cpu").description.startswith(f"cpu, {expected}")
     assert Upscaler(model, device="cpu", precision="fp32").precision == "fp32"
 
