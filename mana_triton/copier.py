@@ -15,8 +15,8 @@ from av.error import FFmpegError, InvalidDataError
 from av.format import Flags
 from av.stream import Stream
 
-from .frame import MP4_LIKE, MediaError, Timed, is_cover, reason
-from .readers import VideoReader, open_container
+from .frame import MP4_LIKE, MediaError, Timed, explained, is_cover, reason
+from .readers import VideoReader, demuxed, open_container
 
 if TYPE_CHECKING:
     from .video import VideoWriter
@@ -50,7 +50,8 @@ class Copier:
 
     def __init__(self, reader: VideoReader, writer: "VideoWriter"):
         self._reader, self._output, self._writer = reader, writer._container, writer
-        self._source = open_container(reader.path)
+        with explained(reader.path, "read it again"):
+            self._source = open_container(reader.path)
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
         self._converted: dict[int, Any] = {}
@@ -62,7 +63,7 @@ class Copier:
             with suppress(FFmpegError):  # without seeking it only takes longer
                 self._source.seek(int((reader.offset - 1) * av.time_base))
         streams = [self._source.streams[index] for index in self._targets]
-        packets = self._source.demux(*streams) if streams else iter(())
+        packets = demuxed(reader.path, self._source, *streams) if streams else iter(())
         self._packets = reader.timeline.along(packets)
         self._waiting: Timed = None
         # the earliest decoding time of each stream's next packet, in ticks of the output
@@ -251,7 +252,7 @@ class Copier:
 def _first_sound(path: Path, index: int) -> Timed:
     """The first frame of a sound that begins too late for FFmpeg to tell its rate; None if none."""
     with open_container(path) as container:
-        packets = container.demux(container.streams[index])
+        packets = demuxed(path, container, container.streams[index])
         while True:
             try:
                 packet = next(packets, None)

@@ -18,10 +18,12 @@ import media
 import numpy as np
 import pytest
 from av.stream import Disposition
+from faults import FailingContainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from mana_triton import readers
 from mana_triton.timeline import Timeline
 from mana_triton.video import (
     Frame,
@@ -286,7 +288,7 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
     source = tmp_path / "joined.ts"
     source.write_bytes(b"".join(kinds[kind].read_bytes() for kind in with_sound))
     with av.open(str(source)) as container:
-        timeline = Timeline(container)
+        timeline = Timeline(container, container.demux())
     assert timeline.joints == len(with_sound) - 1
     times: dict[str, list[list[Fraction]]] = {"video": [[]], "audio": [[]]}
     with av.open(str(source)) as container:
@@ -339,7 +341,7 @@ def test_a_stream_that_jumps_alone_spoils_no_place_behind_it(tmp_path):
     start, end = later.read_bytes()[: 20 * 188], later.read_bytes()[20 * 188 :]
     source.write_bytes(first.read_bytes() + start + b"".join(again) + end + first.read_bytes())
     with av.open(str(source)) as container:
-        assert Timeline(container).joints == 1
+        assert Timeline(container, container.demux()).joints == 1
 
 
 class CountedList(list):
@@ -672,6 +674,30 @@ def test_damaged_sound_does_not_stop_the_work(tmp_path):
     assert any("damaged sound" in note for note in writer.notes)
     assert len(media.packets(tmp_path / "out.mp4", "audio")) > 60
     assert len(media.frame_times(tmp_path / "out.mp4")) >= len(PICTURES) - 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".ts"])
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_failed_read_is_no_damage(passes, suffix, tmp_path, monkeypatch):
+    """It was taken for damage, so that a film could end where a network did.
+
+    A demuxer may say the same of damage: then it says so at the same place each time.
+    """
+    source = media.write_video(tmp_path / f"a{suffix}", PICTURES, audio=True)
+    opened, failed = readers.open_container, []
+
+    def failing(path: Path) -> Any:
+        return FailingContainer(opened(path), 10, failed if passes else [])
+
+    monkeypatch.setattr(readers, "open_container", failing)
+    if passes:
+        with pytest.raises(MediaError, match="cannot read on: Input/output error"):
+            read_all(source)
+        assert len(read_all(source)) == len(PICTURES)
+    else:
+        with open_reader(source) as reader:
+            assert 0 < len(list(reader)) <= 10
+        assert "reading stopped" in str(reader.truncated)
 
 
 def test_an_intact_file_is_not_called_truncated(rich, plain):
