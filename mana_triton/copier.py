@@ -16,7 +16,7 @@ from av.format import Flags
 from av.stream import Stream
 
 from .frame import MP4_LIKE, MediaError, Timed, explained, is_cover, reason
-from .readers import VideoReader, demuxed, open_container
+from .readers import VideoReader, demuxed, description, open_container
 
 if TYPE_CHECKING:
     from .video import VideoWriter
@@ -96,7 +96,7 @@ class Copier:
         """Make a stream of the output that takes this one's packets, or note that it cannot be."""
         codec = getattr(stream, "name", None)  # a stream of unknown codec has no such attribute
         suffix = self._writer.suffix
-        if stream.type == "data" and self._source.chapters() and codec == "bin_data":
+        if stream.type == "data" and self._source.chapters() and self._has_tag(stream, "text"):
             return  # this is how mp4 stores chapters; they are written anew
         if stream.type == "data" and "timecode" in stream.metadata and suffix in MP4_LIKE:
             return  # written anew from the tag of the video
@@ -128,6 +128,11 @@ class Copier:
         ):  # not among the codec's parameters
             target.sample_aspect_ratio = stream.sample_aspect_ratio
         self._describe(target, stream)
+
+    def _has_tag(self, stream: Any, tag: str) -> bool:
+        """Whether this is the data's kind in the words of mp4, which tell them apart alone."""
+        line = rf"Stream #0:{stream.index}\b.*Data: bin_data \({tag} /"
+        return bool(re.search(line, description(self._source)))
 
     def _describe(self, target: Any, stream: Any) -> None:
         target.metadata.update(_lasting(stream.metadata))

@@ -115,6 +115,18 @@ def open_container(path: Path) -> InputContainer:
         ) from None
 
 
+def description(container: InputContainer) -> str:
+    """What FFmpeg says of a file: a line for each stream has what PyAV does not tell."""
+    level = logging.get_level()
+    logging.set_libav_level(logging.VERBOSE)
+    logging.set_level(logging.VERBOSE)
+    try:
+        return cast(Any, container).dumps_format()
+    finally:
+        logging.set_libav_level(logging.INFO)  # FFmpeg's default
+        logging.set_level(level)
+
+
 def demuxed(path: Path, container: InputContainer, *streams: Stream) -> Iterator[Timed]:
     """The packets of a container that `open_container` opened from this path.
 
@@ -377,15 +389,8 @@ class VideoReader(_Reader):
         return own
 
     def _find_siting(self, form: str) -> str:
-        """Where chroma lies; PyAV tells only in a verbose description of the file."""
-        level = logging.get_level()
-        logging.set_libav_level(logging.VERBOSE)
-        logging.set_level(logging.VERBOSE)
-        try:
-            described = cast(Any, self._container).dumps_format()
-        finally:
-            logging.set_libav_level(logging.INFO)  # FFmpeg's default
-            logging.set_level(level)
+        """Where chroma lies."""
+        described = description(self._container)
         line = re.search(rf"Stream #0:{self.stream_index}\b.*Video: .*", described)
         names = "|".join(sorted(SITINGS, key=len, reverse=True))
         said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None

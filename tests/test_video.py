@@ -621,6 +621,34 @@ def test_cut_moves_chapters(rich, tmp_path):
     assert abs(length - (Fraction(19, 10) - reader.offset)) < Fraction(1, 500)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_data_beside_chapters_are_kept_or_named(suffix, tmp_path):
+    """A camera's measurements were taken for chapters, which mp4 stores as such data, too."""
+    plain, source = tmp_path / "plain.mp4", tmp_path / "a.mp4"
+    media.write_video(plain, PICTURES[:5])
+    with av.open(str(plain)) as pictures, av.open(str(source), "w") as out:
+        video: Any = pictures.streams.video[0]
+        copy, data = out.add_stream_from_template(video), out.add_data_stream("bin_data")
+        mark: Any = {"id": 1, "start": 0, "end": 200, "time_base": media.MS, "metadata": {}}
+        out.set_chapters([mark | {"metadata": {"title": "x"}}])
+        for number, packet in enumerate(p for p in pictures.demux(video) if p.size):
+            measured = av.Packet(bytes([number]) * 9)
+            measured.pts = measured.dts = packet.dts
+            measured.time_base, measured.stream, packet.stream = packet.time_base, data, copy
+            out.mux([packet, measured])
+    with av.open(str(source)) as container:
+        assert len(container.streams.data) == 2  # one of them is the chapters
+    _, writer = convert(source, tmp_path / f"b{suffix}")
+    if suffix == ".mp4":
+        measured = [digest for _, digest in media.packets(source, "data")]
+        assert [digest for _, digest in media.packets(tmp_path / "b.mp4", "data")] == measured
+        assert measured
+    else:
+        assert "data stream 1 (bin_data) is left out" in writer.notes
+    with av.open(str(tmp_path / f"b{suffix}")) as container:
+        assert len(container.chapters()) == 1
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_truncated_file_gives_what_can_be_decoded(suffix, kept, tmp_path):
