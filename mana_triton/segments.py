@@ -172,21 +172,20 @@ def input_identity(reader: Reader) -> dict[str, Any]:
     """
     files = reader.files if isinstance(reader, ImageFolderReader) else [reader.path]
     digest = hashlib.sha256()
+    size = modified = 0
     for file in files:
-        stat = file.stat()
+        with explained(file, "read"):
+            stat = file.stat()
+        size, modified = size + stat.st_size, max(modified, stat.st_mtime_ns)
         if len(files) > 1:  # as many as a film has frames: their names and times must do
             digest.update(f"{file.name}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
     for file in dict.fromkeys((files[0], files[-1])):
-        with file.open("rb") as content:
-            size = file.stat().st_size
+        with explained(file, "read"), file.open("rb") as content:
+            last = max(file.stat().st_size - SAMPLE, 0)
             for i in range(SAMPLES):
-                content.seek(max(size - SAMPLE, 0) * i // (SAMPLES - 1))
+                content.seek(last * i // (SAMPLES - 1))
                 digest.update(content.read(SAMPLE))
-    return {
-        "bytes": sum(file.stat().st_size for file in files),
-        "modified": max(file.stat().st_mtime_ns for file in files),
-        "content": digest.hexdigest(),
-    }
+    return {"bytes": size, "modified": modified, "content": digest.hexdigest()}
 
 
 class Parts:

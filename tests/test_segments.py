@@ -630,6 +630,16 @@ def test_pictures_are_recognized_wherever_they_lie(tmp_path):
     assert len(seen) == 1
 
 
+def test_an_input_that_cannot_be_read_is_named(clip, tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_reader(clip) as reader:
+        monkeypatch.setattr(Path, "open", failing)
+        with pytest.raises(MediaError, match=rf"{clip}: cannot read: Input/output error"):
+            input_identity(reader)
+
+
 def test_two_runs_at_once(begun, runner, whole, tmp_path):
     parts = tmp_path / "clip_x4.mp4.parts"
     with (parts / "lock").open("ab") as lock:
