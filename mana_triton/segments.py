@@ -444,6 +444,18 @@ class _Resumable(_Writer):
     _length: int
     _seen: Seen
 
+    def __init__(self, path: str | Path, reader: Reader, width: int, height: int):
+        super().__init__(path, reader, width, height)
+        self._input = input_identity(reader)
+
+    def _check_input(self) -> None:
+        """Changed if the pictures may be those of another file than the sound."""
+        if input_identity(self._reader) != self._input:
+            raise Changed(
+                f"{self._reader.path}: has changed while it was enlarged;"
+                " use --restart to begin anew"
+            )
+
     @property
     def number(self) -> int:
         """How many frames are done, for good."""
@@ -475,7 +487,7 @@ class ResumableVideo(_Resumable):
     """A VideoWriter whose work survives; arguments that are not below are those of VideoWriter.
 
     Args:
-        job: what must be the same for the work to continue, as JSON.
+        job: what must be the same for the work to continue, beside the input, as JSON.
         restart: throw older work away.
         length: frames of a segment at least.
 
@@ -504,7 +516,7 @@ class ResumableVideo(_Resumable):
             trial.abort()
         self.notes, self.planes = trial.notes, trial.planes
         headers = hashlib.sha256(trial.headers).hexdigest()  # equal ones let packets be joined
-        job = job | {"segment": length, "encoder headers": headers}
+        job = job | {"input": self._input, "segment": length, "encoder headers": headers}
         self._parts = Parts(self.path, job, restart)
         self._recall()
         self._tick = self.done["tick"] if self.done else -1
@@ -571,10 +583,12 @@ class ResumableVideo(_Resumable):
             with explained(self.path, "write"):
                 if self._encoder:
                     self._finish()
+                self._check_input()
                 with self._new_writer(self._parts.path) as writer:
                     for packet in self._packets(writer.time_base):
                         writer.put(packet)
                     writer.complete()
+                    self._check_input()
                     self._parts.complete(f"joined{self.suffix}")
                 self._add_notes(writer.notes)
                 self._parts.remove()
@@ -628,7 +642,8 @@ class ResumablePictures(_Resumable):
         size = width, height
         with tempfile.TemporaryDirectory(prefix="mana_triton-") as folder:
             ImageFolderWriter(path, reader, *size, overwrite=overwrite, part=Path(folder))
-        self._parts, self._length = Parts(self.path, job, restart), min(length, PICTURES)
+        self._parts = Parts(self.path, job | {"input": self._input}, restart)
+        self._length = min(length, PICTURES)
         self._writer = ImageFolderWriter(
             path, reader, *size, overwrite=overwrite, part=self._parts.path / "frames",
             count=self.number,
@@ -654,6 +669,7 @@ class ResumablePictures(_Resumable):
         try:
             if self._files:
                 self._finish()
+            self._check_input()
             with explained(self.path, "write"):
                 self._parts.complete("frames")
                 self._writer.close()

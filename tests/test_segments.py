@@ -43,7 +43,7 @@ from mana_triton.segments import (
     open_resumable,
 )
 from mana_triton.stream import CutDetector, Upscaler
-from mana_triton.video import Frame, MediaError, VideoEncoder, open_reader
+from mana_triton.video import Frame, MediaError, VideoEncoder, VideoWriter, open_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
@@ -638,6 +638,40 @@ def test_an_input_that_cannot_be_read_is_named(clip, tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "open", failing)
         with pytest.raises(MediaError, match=rf"{clip}: cannot read: Input/output error"):
             input_identity(reader)
+
+
+@pytest.mark.parametrize("when", ["before", "joining"])
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_an_input_that_changes_meanwhile_is_refused(name, when, clip, tmp_path, monkeypatch):
+    """The pictures of one film came with the sound of another, and exit code 0."""
+    source, output = tmp_path / "in.mp4", tmp_path / name
+    source.write_bytes(clip.read_bytes())
+    other = media.write_video(tmp_path / "other.mp4", pictures(9), audio=True)
+    complete = VideoWriter.complete
+
+    def replaced(writer: VideoWriter) -> None:
+        complete(writer)
+        other.replace(source)
+
+    def opened(reader) -> Any:
+        encoding = {"options": VERYFAST} if output.suffix else {}
+        size = reader.width, reader.height
+        return open_resumable(output, reader, *size, job={}, length=6, **encoding)
+
+    with open_reader(source) as reader, pytest.raises(Changed) as caught, opened(reader) as writer:
+        trail = Trail(3)
+        for frame in reader:
+            writer.write(frame.rgb, frame, trail.see(frame)[1])
+        if when == "joining" and output.suffix:
+            monkeypatch.setattr(VideoWriter, "complete", replaced)
+        else:
+            other.replace(source)
+    assert str(caught.value) == (
+        f"{source}: has changed while it was enlarged; use --restart to begin anew"
+    )
+    assert not output.exists()
+    with open_reader(source) as reader, pytest.raises(Changed, match="input bytes"):
+        opened(reader)
 
 
 def test_two_runs_at_once(begun, runner, whole, tmp_path):
