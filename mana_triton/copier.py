@@ -15,8 +15,8 @@ from av.error import FFmpegError, InvalidDataError
 from av.format import Flags
 from av.stream import Stream
 
-from .frame import MP4_LIKE, MediaError, Timed, is_cover, reason
-from .readers import VideoReader, open_container
+from .frame import MP4_LIKE, MediaError, Timed, explained, is_cover, reason
+from .readers import VideoReader, demuxed, description, open_container
 
 if TYPE_CHECKING:
     from .video import VideoWriter
@@ -50,7 +50,8 @@ class Copier:
 
     def __init__(self, reader: VideoReader, writer: "VideoWriter"):
         self._reader, self._output, self._writer = reader, writer._container, writer
-        self._source = open_container(reader.path)
+        with explained(reader.path, "read it again"):
+            self._source = open_container(reader.path)
         self._copy_tags()
         self._targets: dict[int, Stream] = {}
         self._converted: dict[int, Any] = {}
@@ -62,7 +63,7 @@ class Copier:
             with suppress(FFmpegError):  # without seeking it only takes longer
                 self._source.seek(int((reader.offset - 1) * av.time_base))
         streams = [self._source.streams[index] for index in self._targets]
-        packets = self._source.demux(*streams) if streams else iter(())
+        packets = demuxed(reader.path, self._source, *streams) if streams else iter(())
         self._packets = reader.timeline.along(packets)
         self._waiting: Timed = None
         # the earliest decoding time of each stream's next packet, in ticks of the output
@@ -95,7 +96,7 @@ class Copier:
         """Make a stream of the output that takes this one's packets, or note that it cannot be."""
         codec = getattr(stream, "name", None)  # a stream of unknown codec has no such attribute
         suffix = self._writer.suffix
-        if stream.type == "data" and self._source.chapters() and codec == "bin_data":
+        if stream.type == "data" and self._source.chapters() and self._has_tag(stream, "text"):
             return  # this is how mp4 stores chapters; they are written anew
         if stream.type == "data" and "timecode" in stream.metadata and suffix in MP4_LIKE:
             return  # written anew from the tag of the video
@@ -127,6 +128,11 @@ class Copier:
         ):  # not among the codec's parameters
             target.sample_aspect_ratio = stream.sample_aspect_ratio
         self._describe(target, stream)
+
+    def _has_tag(self, stream: Any, tag: str) -> bool:
+        """Whether this is the data's kind in the words of mp4, which tell them apart alone."""
+        line = rf"Stream #0:{stream.index}\b.*Data: bin_data \({tag} /"
+        return bool(re.search(line, description(self._source)))
 
     def _describe(self, target: Any, stream: Any) -> None:
         target.metadata.update(_lasting(stream.metadata))
@@ -251,7 +257,7 @@ class Copier:
 def _first_sound(path: Path, index: int) -> Timed:
     """The first frame of a sound that begins too late for FFmpeg to tell its rate; None if none."""
     with open_container(path) as container:
-        packets = container.demux(container.streams[index])
+        packets = demuxed(path, container, container.streams[index])
         while True:
             try:
                 packet = next(packets, None)

@@ -257,7 +257,7 @@ def _open(source: Path, args: argparse.Namespace) -> Reader:
 
 
 def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for unfinished work to continue."""
+    """What must be the same, beside the input, for unfinished work to continue."""
     flags = {key: value for key, value in vars(args).items() if key not in PASSING}
     engine = {
         "device": upscaler.device.type, "precision": upscaler.precision,
@@ -272,7 +272,6 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
     return {
         "settings": flags | engine | {"options": dict(args.options)},
         "weights": _weights_hash(upscaler.model),
-        "input": segments.input_identity(reader),
         # sums are added in another order by another number of threads
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
         "processor": processor,

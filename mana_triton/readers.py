@@ -19,6 +19,7 @@ from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError
 from av.format import Flags as FormatFlags
 from av.sidedata.sidedata import Type as SideData
+from av.stream import Stream
 from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image
 
@@ -114,6 +115,70 @@ def open_container(path: Path) -> InputContainer:
         ) from None
 
 
+def description(container: InputContainer) -> str:
+    """What FFmpeg says of a file: a line for each stream has what PyAV does not tell."""
+    level = logging.get_level()
+    logging.set_libav_level(logging.VERBOSE)
+    logging.set_level(logging.VERBOSE)
+    try:
+        return cast(Any, container).dumps_format()
+    finally:
+        logging.set_libav_level(logging.INFO)  # FFmpeg's default
+        logging.set_level(level)
+
+
+def demuxed(path: Path, container: InputContainer, *streams: Stream) -> Iterator[Timed]:
+    """The packets of a container that `open_container` opened from this path.
+
+    Raises:
+        MediaError: the system failed to read the file.
+        FFmpegError: the file is damaged.
+    """
+    packets: Any = container.demux(*streams)
+    chosen, last = [stream.index for stream in streams], None
+    while True:
+        try:
+            packet = next(packets, None)
+        except FFmpegError as error:
+            # FFmpeg has numbers of its own for damage, and reports a failed read by the system's.
+            # Reading an open file is always permitted: that one is a demuxer's word for damage
+            if isinstance(error, OSError) and not isinstance(error, PermissionError):
+                _refuse_failed_read(path, chosen, last, error)
+            raise
+        if packet is None:
+            return
+        last = _mark(packet) if packet.size else last
+        yield packet
+
+
+def _refuse_failed_read(path: Path, chosen: list[int], last: Any, error: FFmpegError) -> None:
+    """MediaError unless a demuxer chose the system's words for damage that it met.
+
+    Then the file can be read without FFmpeg, and FFmpeg stops behind the same packet again; what
+    ends elsewhere this time was a failure that has passed.
+    """
+    again, cause = None, cast(FFmpegError | OSError, error)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+        with open_container(path) as container:
+            for packet in container.demux([s for s in container.streams if s.index in chosen]):
+                again = _mark(packet) if packet.size else again
+    except (FFmpegError, OSError) as met:
+        cause = met
+        if isinstance(met, FFmpegError) and met.errno == error.errno and again == last:
+            return
+    raise MediaError(
+        f"{path}: cannot read on: {reason(cause)}; check the disk or the connection to it"
+    ) from error
+
+
+def _mark(packet: Timed) -> tuple[object, ...]:
+    """What tells a packet from all others of its file."""
+    return packet.stream.index, packet.pos, packet.dts, packet.pts, packet.size
+
+
 class VideoReader(_Reader):
     """Frames of a video stream of a file, in presentation order; iterate once.
 
@@ -155,14 +220,14 @@ class VideoReader(_Reader):
         self._wanted, self._limits = stream, limits
         self.notes, self.truncated = [], None
         self._open()
-        self.timeline = Timeline(self._container)
-        if joints := self.timeline.joints:
-            self._note(
-                f"times begin anew at {joints} place{'s' * (joints > 1)}, as of joined recordings;"
-                " what follows is moved, sound and picture by the same amount"
-            )
-        self._reopen()
         try:
+            self.timeline = Timeline(self._container, demuxed(self.path, self._container))
+            if joints := self.timeline.joints:
+                self._note(
+                    f"times begin anew at {joints} place{'s' * (joints > 1)}, as of joined"
+                    " recordings; what follows is moved, sound and picture by the same amount"
+                )
+            self._reopen()
             self._frames = self._in_range()
             first = next(self._frames, None)
             if first is None:
@@ -333,15 +398,8 @@ class VideoReader(_Reader):
         return own
 
     def _find_siting(self, form: str) -> str:
-        """Where chroma lies; PyAV tells only in a verbose description of the file."""
-        level = logging.get_level()
-        logging.set_libav_level(logging.VERBOSE)
-        logging.set_level(logging.VERBOSE)
-        try:
-            described = cast(Any, self._container).dumps_format()
-        finally:
-            logging.set_libav_level(logging.INFO)  # FFmpeg's default
-            logging.set_level(level)
+        """Where chroma lies."""
+        described = description(self._container)
         line = re.search(rf"Stream #0:{self.stream_index}\b.*Video: .*", described)
         names = "|".join(sorted(SITINGS, key=len, reverse=True))
         said = re.search(rf"{form}\([^)]*\b({names})\)", line[0]) if line else None
@@ -392,7 +450,7 @@ class VideoReader(_Reader):
 
     def _decoded(self) -> Iterator[Timed]:
         """All frames from here on, with increasing timestamps; damage is counted and skipped."""
-        packets = self.timeline.along(self._container.demux(self._stream))
+        packets = self.timeline.along(demuxed(self.path, self._container, self._stream))
         last, lasts, stopped = None, 0, None
         while True:
             try:

@@ -172,21 +172,20 @@ def input_identity(reader: Reader) -> dict[str, Any]:
     """
     files = reader.files if isinstance(reader, ImageFolderReader) else [reader.path]
     digest = hashlib.sha256()
+    size = modified = 0
     for file in files:
-        stat = file.stat()
+        with explained(file, "read"):
+            stat = file.stat()
+        size, modified = size + stat.st_size, max(modified, stat.st_mtime_ns)
         if len(files) > 1:  # as many as a film has frames: their names and times must do
             digest.update(f"{file.name}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
     for file in dict.fromkeys((files[0], files[-1])):
-        with file.open("rb") as content:
-            size = file.stat().st_size
+        with explained(file, "read"), file.open("rb") as content:
+            last = max(file.stat().st_size - SAMPLE, 0)
             for i in range(SAMPLES):
-                content.seek(max(size - SAMPLE, 0) * i // (SAMPLES - 1))
+                content.seek(last * i // (SAMPLES - 1))
                 digest.update(content.read(SAMPLE))
-    return {
-        "bytes": sum(file.stat().st_size for file in files),
-        "modified": max(file.stat().st_mtime_ns for file in files),
-        "content": digest.hexdigest(),
-    }
+    return {"bytes": size, "modified": modified, "content": digest.hexdigest()}
 
 
 class Parts:
@@ -445,6 +444,18 @@ class _Resumable(_Writer):
     _length: int
     _seen: Seen
 
+    def __init__(self, path: str | Path, reader: Reader, width: int, height: int):
+        super().__init__(path, reader, width, height)
+        self._input = input_identity(reader)
+
+    def _check_input(self) -> None:
+        """Changed if the pictures may be those of another file than the sound."""
+        if input_identity(self._reader) != self._input:
+            raise Changed(
+                f"{self._reader.path}: has changed while it was enlarged;"
+                " use --restart to begin anew"
+            )
+
     @property
     def number(self) -> int:
         """How many frames are done, for good."""
@@ -476,7 +487,7 @@ class ResumableVideo(_Resumable):
     """A VideoWriter whose work survives; arguments that are not below are those of VideoWriter.
 
     Args:
-        job: what must be the same for the work to continue, as JSON.
+        job: what must be the same for the work to continue, beside the input, as JSON.
         restart: throw older work away.
         length: frames of a segment at least.
 
@@ -505,7 +516,7 @@ class ResumableVideo(_Resumable):
             trial.abort()
         self.notes, self.planes = trial.notes, trial.planes
         headers = hashlib.sha256(trial.headers).hexdigest()  # equal ones let packets be joined
-        job = job | {"segment": length, "encoder headers": headers}
+        job = job | {"input": self._input, "segment": length, "encoder headers": headers}
         self._parts = Parts(self.path, job, restart)
         self._recall()
         self._tick = self.done["tick"] if self.done else -1
@@ -572,10 +583,12 @@ class ResumableVideo(_Resumable):
             with explained(self.path, "write"):
                 if self._encoder:
                     self._finish()
+                self._check_input()
                 with self._new_writer(self._parts.path) as writer:
                     for packet in self._packets(writer.time_base):
                         writer.put(packet)
                     writer.complete()
+                    self._check_input()
                     self._parts.complete(f"joined{self.suffix}")
                 self._add_notes(writer.notes)
                 self._parts.remove()
@@ -629,7 +642,8 @@ class ResumablePictures(_Resumable):
         size = width, height
         with tempfile.TemporaryDirectory(prefix="mana_triton-") as folder:
             ImageFolderWriter(path, reader, *size, overwrite=overwrite, part=Path(folder))
-        self._parts, self._length = Parts(self.path, job, restart), min(length, PICTURES)
+        self._parts = Parts(self.path, job | {"input": self._input}, restart)
+        self._length = min(length, PICTURES)
         self._writer = ImageFolderWriter(
             path, reader, *size, overwrite=overwrite, part=self._parts.path / "frames",
             count=self.number,
@@ -655,6 +669,7 @@ class ResumablePictures(_Resumable):
         try:
             if self._files:
                 self._finish()
+            self._check_input()
             with explained(self.path, "write"):
                 self._parts.complete("frames")
                 self._writer.close()

@@ -69,19 +69,19 @@ class _Joint:
 
 
 class Timeline:
-    """Which packets of a file are to be moved; reads through the file, but decodes nothing.
+    """Which packets of a file are to be moved; reads through its `packets`, but decodes nothing.
 
     Attributes:
         joints: how often the times begin anew.
         ends: when each sound and video ends then, in seconds.
     """
 
-    def __init__(self, container: InputContainer):
+    def __init__(self, container: InputContainer, packets: Iterator[Timed]):
         self.joints = 0
         self.ends: dict[int, Fraction] = {}
         self._moves: dict[int, list[tuple[int, Fraction]]] = defaultdict(list)
         if not _IN_ORDER & set(container.format.name.split(",")):
-            self._settle(_find(container))
+            self._settle(_find(container, packets))
 
     def _settle(self, tracks: dict[int, _Track]) -> None:
         """Move what lies behind each place at which all sounds and videos jump."""
@@ -139,7 +139,7 @@ def _joints(tracks: dict[int, _Track]) -> list[_Joint]:
     return joints
 
 
-def _find(container: InputContainer) -> dict[int, _Track]:
+def _find(container: InputContainer, packets: Iterator[Timed]) -> dict[int, _Track]:
     """Each sound and video with all places at which it jumps, begins and ends."""
     # transport streams tell decoding times; those that FFmpeg makes up are disordered behind a jump
     broadcast = bool(container.format.flags & Flags.ts_discont.value)
@@ -147,7 +147,6 @@ def _find(container: InputContainer) -> dict[int, _Track]:
     timed = [s for s in container.streams if s.type in ("audio", "video") and not is_cover(s)]
     tracks = {stream.index: _Track() for stream in timed}
     others: Counter[int] = Counter()
-    packets: Any = container.demux()
     while True:
         try:
             packet = next((p for p in packets if p.size), None)

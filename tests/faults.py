@@ -5,12 +5,16 @@ A child can kill itself at its n-th operation on files, be killed after a time, 
 files, or have its reader or its encoder fail at a frame.
 """
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import av.error
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -27,6 +31,70 @@ class Run(NamedTuple):
     @property
     def summary(self) -> dict[str, Any]:
         return json.loads(self.out.splitlines()[-1])
+
+
+class FailingContainer:
+    """A container whose disk fails at a packet, as FFmpeg reports it; once if `failed` is shared.
+
+    The real fault, of the system's `read`, is that of `failing_disk`, which needs a compiler.
+    """
+
+    def __init__(self, container: Any, packet: int, failed: list[bool]):
+        self._container, self._packet, self._failed = container, packet, failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def demux(self, *streams: Any) -> Iterator[Any]:
+        for number, packet in enumerate(self._container.demux(*streams)):
+            if number == self._packet and not self._failed:
+                self._failed.append(True)
+                raise av.error.OSError(errno.EIO, "Input/output error")
+            yield packet
+
+
+_FAILING_READ = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+ssize_t read(int descriptor, void *to, size_t size) {
+    ssize_t (*intact)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+    struct stat file, failing;
+    if (!access(SINCE, F_OK) && !stat(FILE, &failing) && !fstat(descriptor, &file)
+        && file.st_dev == failing.st_dev && file.st_ino == failing.st_ino) {
+        off_t place = lseek(descriptor, 0, SEEK_CUR);
+        if (place >= PLACE) {
+            errno = EIO;
+            return -1;
+        }
+        if (place + (off_t)size > PLACE)
+            size = PLACE - place;
+    }
+    return intact(descriptor, to, size);
+}
+"""
+
+
+def failing_disk(folder: Path, file: Path, place: int, since: Path) -> dict[str, str]:
+    """The environment of a process to which `file` has no bytes behind `place`.
+
+    They fail with EIO once there is a file `since`.
+    """
+    library = folder / "failing_disk.so"
+    names = {"FILE": f'"{file}"', "SINCE": f'"{since}"', "PLACE": str(place)}
+    defined = [f"-D{name}={value}" for name, value in names.items()]
+    command = ["cc", "-shared", "-fPIC", *defined, "-x", "c", "-", "-o", str(library), "-ldl"]
+    subprocess.run(command, input=_FAILING_READ, text=True, check=True)
+    return os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)}
 
 
 class Runner:
@@ -115,17 +183,17 @@ def _fail(order: dict, watched: str) -> list[int]:
     kill_at: SIGKILL, or `signal`, before this operation; after: the same after so many seconds;
     line: the same before this line that segments.py runs, or its function `inside`, where lines
     are counted instead of operations; ignored: a signal that is ignored from the start, as nohup
-    has it; largest: bytes of a file; read, encode: the frame at which the disk fails, or the
-    encoder of video or PNG files.
+    has it; largest: bytes of a file; read: the packet of the input at which its disk fails once,
+    when frames are read (look 0) or sound is copied (look 1); encode: the frame at which the
+    encoder of video or PNG files fails.
     """
-    import errno
     import resource
     import signal
 
     from av.error import ExternalError
 
-    from mana_triton import images
-    from mana_triton.video import VideoEncoder, VideoReader
+    from mana_triton import copier, images, readers
+    from mana_triton.video import VideoEncoder
 
     count = [0]
 
@@ -164,15 +232,9 @@ def _fail(order: dict, watched: str) -> list[int]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
     if "read" in order:
-        frames = VideoReader.__iter__
-
-        def read(self):
-            for number, frame in enumerate(frames(self)):
-                if number == order["read"]:
-                    raise OSError(errno.EIO, "Input/output error")
-                yield frame
-
-        VideoReader.__iter__ = read
+        module = [readers, copier][order["look"]]
+        opened, failed = module.open_container, []
+        module.open_container = lambda path: FailingContainer(opened(path), order["read"], failed)
     if "encode" in order:
         encode, calls = VideoEncoder.encode, iter(range(1 << 30))
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ from mana_triton.segments import (
     open_resumable,
 )
 from mana_triton.stream import CutDetector, Upscaler
-from mana_triton.video import Frame, MediaError, VideoEncoder, open_reader
+from mana_triton.video import Frame, MediaError, VideoEncoder, VideoWriter, open_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
@@ -436,10 +437,11 @@ def test_a_hangup_does_not_stop_what_ignores_it(clip, weights, runner, whole, tm
     [
         ({"largest": 0.1}, "cannot write: disk full or file too large"),
         ({"largest": 0.8}, "cannot write: disk full or file too large"),
-        ({"read": 15}, "Input/output error"),
+        ({"read": 15, "look": 0}, "clip.mp4: cannot read on: Input/output error"),
+        ({"read": 15, "look": 1}, "clip.mp4: cannot read on: Input/output error"),
         ({"encode": 20}, "cannot write: Generic error in an external library"),
     ],
-    ids=["full disk in a segment", "full disk while joining", "reading", "encoding"],
+    ids=["full disk in a segment", "full disk while joining", "reading", "copying", "encoding"],
 )
 def test_failures_keep_what_is_done(fault, message, clip, weights, runner, whole, tmp_path):
     output = tmp_path / "clip_x4.mp4"
@@ -454,7 +456,36 @@ def test_failures_keep_what_is_done(fault, message, clip, weights, runner, whole
     assert "Traceback" not in run.err
     assert not output.exists()
     resumed = assert_survives(arguments, output, runner, whole[".mp4"])
-    assert resumed == {0.1: 0, 0.8: COUNT, None: 6 if "read" in fault else 15}[share]
+    assert resumed == {0.1: 0, 0.8: COUNT, None: [6, COUNT, 15][fault.get("look", 2)]}[share]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to replace read()")
+@pytest.mark.parametrize(
+    ("since", "place"), [("000000.packets", 0.75), ("joined.mkv", 0.5)], ids=["reading", "joining"]
+)
+def test_a_failing_disk_ends_the_run(since, place, weights, runner, tmp_path):
+    """An output without the rest of the film, or of its sound, got its name."""
+    clip = media.write_video(tmp_path / "clip.mkv", pictures(60), audio="pcm_s16le")
+    output, whole = tmp_path / "out" / "clip_x4.mkv", tmp_path / "whole" / "clip_x4.mkv"
+    for file in (output, whole):
+        file.parent.mkdir()
+    parts = output.with_name(f"{output.name}.parts")
+    arguments = command(clip, weights, output)
+    place = int(place * clip.stat().st_size)
+    run = subprocess.run(
+        [sys.executable, "-m", "mana_triton.infer", *map(str, arguments)],
+        env=faults.failing_disk(tmp_path, clip, place, parts / since) | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.returncode == 1
+    [line] = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{clip}: cannot read on: Input/output error" in line
+    assert "Traceback" not in run.stderr
+    assert runner(*command(clip, weights, whole)).code == 0
+    resumed = assert_survives(arguments, output, runner, content(whole))
+    assert resumed == 60 if since == "joined.mkv" else 0 < resumed < 45
 
 
 # what must be the same
@@ -601,6 +632,50 @@ def test_pictures_are_recognized_wherever_they_lie(tmp_path):
         with open_reader(folder) as reader:
             seen.add(input_identity(reader)["content"])
     assert len(seen) == 1
+
+
+def test_an_input_that_cannot_be_read_is_named(clip, tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_reader(clip) as reader:
+        monkeypatch.setattr(Path, "open", failing)
+        with pytest.raises(MediaError, match=rf"{clip}: cannot read: Input/output error"):
+            input_identity(reader)
+
+
+@pytest.mark.parametrize("when", ["before", "joining"])
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_an_input_that_changes_meanwhile_is_refused(name, when, clip, tmp_path, monkeypatch):
+    """The pictures of one film came with the sound of another, and exit code 0."""
+    source, output = tmp_path / "in.mp4", tmp_path / name
+    source.write_bytes(clip.read_bytes())
+    other = media.write_video(tmp_path / "other.mp4", pictures(9), audio=True)
+    complete = VideoWriter.complete
+
+    def replaced(writer: VideoWriter) -> None:
+        complete(writer)
+        other.replace(source)
+
+    def opened(reader) -> Any:
+        encoding = {"options": VERYFAST} if output.suffix else {}
+        size = reader.width, reader.height
+        return open_resumable(output, reader, *size, job={}, length=6, **encoding)
+
+    with open_reader(source) as reader, pytest.raises(Changed) as caught, opened(reader) as writer:
+        trail = Trail(3)
+        for frame in reader:
+            writer.write(frame.rgb, frame, trail.see(frame)[1])
+        if when == "joining" and output.suffix:
+            monkeypatch.setattr(VideoWriter, "complete", replaced)
+        else:
+            other.replace(source)
+    assert str(caught.value) == (
+        f"{source}: has changed while it was enlarged; use --restart to begin anew"
+    )
+    assert not output.exists()
+    with open_reader(source) as reader, pytest.raises(Changed, match="input bytes"):
+        opened(reader)
 
 
 def test_two_runs_at_once(begun, runner, whole, tmp_path):

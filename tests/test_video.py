@@ -18,10 +18,12 @@ import media
 import numpy as np
 import pytest
 from av.stream import Disposition
+from faults import FailingContainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from mana_triton import readers
 from mana_triton.timeline import Timeline
 from mana_triton.video import (
     Frame,
@@ -286,7 +288,7 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
     source = tmp_path / "joined.ts"
     source.write_bytes(b"".join(kinds[kind].read_bytes() for kind in with_sound))
     with av.open(str(source)) as container:
-        timeline = Timeline(container)
+        timeline = Timeline(container, container.demux())
     assert timeline.joints == len(with_sound) - 1
     times: dict[str, list[list[Fraction]]] = {"video": [[]], "audio": [[]]}
     with av.open(str(source)) as container:
@@ -339,7 +341,7 @@ def test_a_stream_that_jumps_alone_spoils_no_place_behind_it(tmp_path):
     start, end = later.read_bytes()[: 20 * 188], later.read_bytes()[20 * 188 :]
     source.write_bytes(first.read_bytes() + start + b"".join(again) + end + first.read_bytes())
     with av.open(str(source)) as container:
-        assert Timeline(container).joints == 1
+        assert Timeline(container, container.demux()).joints == 1
 
 
 class CountedList(list):
@@ -619,6 +621,34 @@ def test_cut_moves_chapters(rich, tmp_path):
     assert abs(length - (Fraction(19, 10) - reader.offset)) < Fraction(1, 500)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_data_beside_chapters_are_kept_or_named(suffix, tmp_path):
+    """A camera's measurements were taken for chapters, which mp4 stores as such data, too."""
+    plain, source = tmp_path / "plain.mp4", tmp_path / "a.mp4"
+    media.write_video(plain, PICTURES[:5])
+    with av.open(str(plain)) as pictures, av.open(str(source), "w") as out:
+        video: Any = pictures.streams.video[0]
+        copy, data = out.add_stream_from_template(video), out.add_data_stream("bin_data")
+        mark: Any = {"id": 1, "start": 0, "end": 200, "time_base": media.MS, "metadata": {}}
+        out.set_chapters([mark | {"metadata": {"title": "x"}}])
+        for number, packet in enumerate(p for p in pictures.demux(video) if p.size):
+            measured = av.Packet(bytes([number]) * 9)
+            measured.pts = measured.dts = packet.dts
+            measured.time_base, measured.stream, packet.stream = packet.time_base, data, copy
+            out.mux([packet, measured])
+    with av.open(str(source)) as container:
+        assert len(container.streams.data) == 2  # one of them is the chapters
+    _, writer = convert(source, tmp_path / f"b{suffix}")
+    if suffix == ".mp4":
+        measured = [digest for _, digest in media.packets(source, "data")]
+        assert [digest for _, digest in media.packets(tmp_path / "b.mp4", "data")] == measured
+        assert measured
+    else:
+        assert "data stream 1 (bin_data) is left out" in writer.notes
+    with av.open(str(tmp_path / f"b{suffix}")) as container:
+        assert len(container.chapters()) == 1
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_truncated_file_gives_what_can_be_decoded(suffix, kept, tmp_path):
@@ -672,6 +702,30 @@ def test_damaged_sound_does_not_stop_the_work(tmp_path):
     assert any("damaged sound" in note for note in writer.notes)
     assert len(media.packets(tmp_path / "out.mp4", "audio")) > 60
     assert len(media.frame_times(tmp_path / "out.mp4")) >= len(PICTURES) - 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".ts"])
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_failed_read_is_no_damage(passes, suffix, tmp_path, monkeypatch):
+    """It was taken for damage, so that a film could end where a network did.
+
+    A demuxer may say the same of damage: then it says so at the same place each time.
+    """
+    source = media.write_video(tmp_path / f"a{suffix}", PICTURES, audio=True)
+    opened, failed = readers.open_container, []
+
+    def failing(path: Path) -> Any:
+        return FailingContainer(opened(path), 10, failed if passes else [])
+
+    monkeypatch.setattr(readers, "open_container", failing)
+    if passes:
+        with pytest.raises(MediaError, match="cannot read on: Input/output error"):
+            read_all(source)
+        assert len(read_all(source)) == len(PICTURES)
+    else:
+        with open_reader(source) as reader:
+            assert 0 < len(list(reader)) <= 10
+        assert "reading stopped" in str(reader.truncated)
 
 
 def test_an_intact_file_is_not_called_truncated(rich, plain):
