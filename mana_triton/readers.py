@@ -145,6 +145,8 @@ def demuxed(path: Path, container: InputContainer, *streams: Stream) -> Iterator
             if isinstance(error, OSError) and not isinstance(error, PermissionError):
                 _refuse_failed_read(path, chosen, last, error)
             raise
+        except IndexError:  # at the end PyAV asks for streams that only appeared on the way
+            return
         if packet is None:
             return
         last = _mark(packet) if packet.size else last

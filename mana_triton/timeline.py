@@ -116,9 +116,14 @@ class Timeline:
                 counts[packet.stream.index] += 1
                 begun = bisect_right(moves, number, key=lambda move: move[0])
                 ticks = round(moves[begun - 1][1] / packet.time_base) if begun else 0
-                packet.pts = None if packet.pts is None else packet.pts + ticks
-                packet.dts = None if packet.dts is None else packet.dts + ticks
+                packet.pts, packet.dts = _moved(packet.pts, ticks), _moved(packet.dts, ticks)
             yield packet
+
+
+def _moved(time: int | None, ticks: int) -> int | None:
+    """A time some ticks later; None if there is none, or none of 64 bits."""
+    moved = None if time is None else time + ticks
+    return moved if moved is None or -(2**63) < moved < 2**63 else None
 
 
 def _joints(tracks: dict[int, _Track]) -> list[_Joint]:

@@ -184,8 +184,9 @@ def test_damage_is_repeatable_and_damages():
 
 
 def test_a_few_damaged_files(intact):
-    """The last is a PNG file whose last block has a length near 2^32, which Pillow reserved."""
-    assert run(intact, 0, 420, 16777) == []
+    """And those that found something: a duration of two points, a stream that appears on the way,
+    a block of PNG with a length near 2^32, which Pillow reserved, and a time of 64 bits."""
+    assert run(intact, 0, 420, 10302, 10427, 16777, 18087) == []
 
 
 def test_more_than_a_file_has_is_not_reserved(tmp_path):
