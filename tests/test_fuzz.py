@@ -184,8 +184,8 @@ def test_damage_is_repeatable_and_damages():
 
 
 def test_a_few_damaged_files(intact):
-    """And those that found something: a duration of two points, a stream that appears on the way,
-    a block of PNG with a length near 2^32, which Pillow reserved, and a time of 64 bits."""
+    # the last ones found something: a duration of two points, a stream that appears on the way, a
+    # block of PNG with a length near 2^32, which Pillow reserved, and a time of more than 64 bits
     assert run(intact, 0, 420, 10302, 10427, 16777, 18087) == []
 
 
