@@ -64,6 +64,7 @@ SAMPLES, SAMPLE = 64, 1 << 16  # how much of the input is hashed: 4 MiB, evenly 
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK)
 if sys.platform == "win32":
     _LOCKED = (errno.EACCES, errno.EDEADLK)
+OLDER = "frames.old"  # an older output folder, until the new one has its name
 _RECORD = struct.Struct("<qqqI?")  # pts, dts, duration, bytes, is it a key frame
 _OURS = re.compile(r"lock|manifest(\.new)?|\d{6}\.packets|joined\.\w+|frames(\.old)?")
 
@@ -326,11 +327,19 @@ def parts_of(output: Path) -> Path:
 
 
 def sweep(output: Path) -> None:
-    """Remove what is left if a process died after it named its output and before it cleaned up."""
+    """Remove what is left if a process died after it named its output and before it cleaned up.
+
+    If it died before, when an older output had made way for it, that one gets its name back.
+    """
     folder = parts_of(output)
-    if not (output.exists() and folder.is_dir()):
+    if not folder.is_dir():
         return
     _refuse_links(folder)
+    if not output.exists() and (folder / OLDER).exists():  # it was not replaced after all
+        with _lock(folder, output):
+            (folder / OLDER).replace(output)
+    if not output.exists():
+        return
     lines = _lines(folder / "manifest")
     last = lines[-1] if lines else {}
     is_named = (

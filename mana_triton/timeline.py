@@ -9,12 +9,13 @@ A recording may lack a stream that others have. The stream's jump then reaches o
 recording, and belongs to the places at both of its ends.
 """
 
+from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from heapq import heapify, heapreplace
 from typing import Any
 
 from av.container import InputContainer
@@ -25,9 +26,10 @@ from .frame import Timed, is_cover
 
 # kinds of files whose times are a table, which cannot go back, or the numbers of the frames
 _IN_ORDER = {"mov", "mp4", "avi", "gif", "apng", "h264", "hevc", "m4v", "mjpeg", "obu", "dv"}
+MOST = 100_000  # jumps of a file's streams: more are damage, and some 50 MB of memory
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Jump:
     """Two packets of a stream in a row between which times may begin anew.
 
@@ -43,7 +45,7 @@ class _Jump:
     at: float
     begin: int
     gap: Fraction | None
-    others: Mapping[int, int]
+    others: int
 
 
 @dataclass
@@ -59,15 +61,6 @@ class _Track:
     shown: Fraction = Fraction(0)
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """A place between two packets of the file at which every sound and video jumps."""
-
-    after: int
-    at: float
-    jumps: dict[int, _Jump]
-
-
 class Timeline:
     """Which packets of a file are to be moved; reads through its `packets`, but decodes nothing.
 
@@ -81,30 +74,38 @@ class Timeline:
         self.ends: dict[int, Fraction] = {}
         self._moves: dict[int, list[tuple[int, Fraction]]] = defaultdict(list)
         if not _IN_ORDER & set(container.format.name.split(",")):
-            self._settle(_find(container, packets))
+            found = _find(container, packets)
+            if found:
+                self._settle(*found)
 
-    def _settle(self, tracks: dict[int, _Track]) -> None:
+    def _settle(self, tracks: dict[int, _Track], others: array) -> None:
         """Move what lies behind each place at which all sounds and videos jump."""
-        moved = Fraction(0)
+        moved, settled = Fraction(0), 0
         so_far = dict.fromkeys(tracks, moved)  # how far a stream's packets before are moved
-        joints = [joint.jumps for joint in _joints(tracks)]
-        for joint, following in pairwise([*joints, {}]):
-            # a jump over a recording without this stream counts where the next one has it again
-            here = {i: jump for i, jump in joint.items() if following.get(i) is not jump}
+        counts: Counter[int] = Counter()
+        for here in _joints(tracks):
             gaps = [so_far[i] + x.gap for i, x in here.items() if x.gap is not None]
             if not gaps:
                 continue
-            moved = max(gaps)
-            self.joints += 1
-            begins = {i: jump.begin for i, jump in here.items()}
             # packets come a little later than they stand in the file, and not all equally
-            others = min((x.others for x in here.values()), key=lambda x: sum(x.values()))
-            for i, begin in {**others, **begins}.items():
-                self._moves[i].append((begin, moved))
+            before = max(settled, min(jump.others for jump in here.values()))
+            self._move(others[settled:before], counts, moved)
+            moved, settled = max(gaps), before
+            self.joints += 1
+            for i, jump in here.items():
+                self._moves[i].append((jump.begin, moved))
             so_far |= dict.fromkeys(here, moved)
+        self._move(others[settled:], counts, moved)
         for i, track in tracks.items():
             ended = bisect_right(self._moves[i], track.count - 1, key=lambda move: move[0])
             self.ends[i] = track.shown + (self._moves[i][ended - 1][1] if ended else 0)
+
+    def _move(self, others: array, counts: Counter[int], moved: Fraction) -> None:
+        """Move these packets of streams without a track, of which `counts` came before."""
+        for i in others:
+            if not self._moves[i] or self._moves[i][-1][1] != moved:
+                self._moves[i].append((counts[i], moved))
+            counts[i] += 1
 
     def along(self, packets: Iterable[Timed]) -> Iterator[Timed]:
         """The packets, from the start of the file on, with times that go on."""
@@ -126,32 +127,52 @@ def _moved(time: int | None, ticks: int) -> int | None:
     return moved if moved is None or -(2**63) < moved < 2**63 else None
 
 
-def _joints(tracks: dict[int, _Track]) -> list[_Joint]:
-    """The places that lie between two packets of every stream of which the second one jumps."""
-    joints = [_Joint(-1, float("inf"), {})]
-    for index, track in tracks.items():
-        narrowed, mine = [], iter(track.jumps)
-        jump = next(mine, None)
-        for joint in joints:
-            while jump is not None and jump.after < joint.at:
-                after, at = max(joint.after, jump.after), min(joint.at, jump.at)
-                if after < at:
-                    narrowed.append(_Joint(after, at, joint.jumps | {index: jump}))
-                if jump.at > joint.at:  # it may belong to the next one, too
-                    break
-                jump = next(mine, None)
-        joints = narrowed
-    return joints
+def _joints(tracks: dict[int, _Track]) -> Iterator[dict[int, _Jump]]:
+    """The places that lie between two packets of every stream of which the second one jumps.
+
+    Each with its jumps. A jump over a recording without this stream reaches over several places,
+    and counts at the last one, where the stream is there again.
+    """
+    coming = {index: iter(track.jumps) for index, track in tracks.items()}
+    jumps = {index: next(mine) for index, mine in coming.items()}
+    ends = [(jump.at, index) for index, jump in jumps.items()]
+    heapify(ends)
+    begin = max((jump.after for jump in jumps.values()), default=0)
+    here: dict[int, _Jump] = {}  # of the last place, those that have ended
+    new = set[int]()  # streams whose jump began behind the last place
+    is_place = False
+    while ends:
+        at, index = ends[0]
+        if begin < at:
+            if is_place:
+                yield here
+            here, new, is_place = {}, set(), True
+        if index not in new and is_place:
+            here[index] = jumps[index]
+        jump = next(coming[index], None)
+        if jump is None:
+            break
+        jumps[index] = jump
+        new.add(index)
+        begin = max(begin, jump.after)
+        heapreplace(ends, (jump.at, index))
+    if is_place:
+        yield here | {index: jump for index, jump in jumps.items() if index not in new}
 
 
-def _find(container: InputContainer, packets: Iterator[Timed]) -> dict[int, _Track]:
-    """Each sound and video with all places at which it jumps, begins and ends."""
+def _find(
+    container: InputContainer, packets: Iterator[Timed]
+) -> tuple[dict[int, _Track], array] | None:
+    """Each sound and video with all places at which it jumps, begins and ends.
+
+    Beside them the stream of each packet that is of none of them. None if there are too many jumps.
+    """
     # transport streams tell decoding times; those that FFmpeg makes up are disordered behind a jump
     broadcast = bool(container.format.flags & Flags.ts_discont.value)
     back, ahead = (Fraction(1, 10), 3600) if broadcast else (1, float("inf"))
     timed = [s for s in container.streams if s.type in ("audio", "video") and not is_cover(s)]
     tracks = {stream.index: _Track() for stream in timed}
-    others: Counter[int] = Counter()
+    others, jumps = array("I"), 0
     while True:
         try:
             packet = next((p for p in packets if p.size), None)
@@ -161,30 +182,31 @@ def _find(container: InputContainer, packets: Iterator[Timed]) -> dict[int, _Tra
             break
         track = tracks.get(packet.stream.index)
         if track is None:
-            others[packet.stream.index] += 1
+            others.append(packet.stream.index)
         else:
             if not track.count:
-                track.jumps.append(_Jump(-1, max(packet.pos or 0, 0), 0, None, others.copy()))
+                track.jumps.append(_Jump(-1, max(packet.pos or 0, 0), 0, None, len(others)))
             place = max(track.place, packet.pos or 0)  # packets that begin in one block share it
             if packet.dts is not None:
-                _follow(track, packet, place, back, ahead, others)
+                jumps += _follow(track, packet, place, back, ahead, len(others))
+                if jumps > MOST:
+                    return None
             track.count, track.place = track.count + 1, place
     for track in tracks.values():
-        track.jumps.append(_Jump(track.place, float("inf"), track.count, None, others))
-    return tracks
+        track.jumps.append(_Jump(track.place, float("inf"), track.count, None, len(others)))
+    return tracks, others
 
 
-def _follow(
-    track: _Track, packet: Timed, place: int, back: Any, ahead: Any, others: Counter[int]
-) -> None:
-    """Take the times of a stream's next packet, and note if they are far from the last ones."""
+def _follow(track: _Track, packet: Timed, place: int, back: Any, ahead: Any, others: int) -> bool:
+    """Take the times of a stream's next packet; returns whether they are far from the last ones."""
     decoded = packet.dts * packet.time_base
     shown = decoded if packet.pts is None else packet.pts * packet.time_base
     step = None if track.last is None else decoded - track.last
     far = step is not None and not -back <= step <= ahead
-    if far and place > track.place:
+    jumps = far and place > track.place
+    if jumps:
         gap = max(track.decoded - decoded, track.shown - shown)
-        track.jumps.append(_Jump(track.place, place, track.count, gap, others.copy()))
+        track.jumps.append(_Jump(track.place, place, track.count, gap, others))
         track.shown = shown
     if packet.duration:
         track.lasts = packet.duration * packet.time_base
@@ -192,3 +214,4 @@ def _follow(
         track.lasts = step
     track.last, track.decoded = decoded, decoded + track.lasts
     track.shown = max(track.shown, shown + track.lasts)
+    return jumps

@@ -325,7 +325,12 @@ class ImageFolderWriter(_Writer):
             old = self._part.with_suffix(".old")
             if self.path.exists():
                 self.path.replace(old)
-            self._part.replace(self.path)
+            try:
+                self._part.replace(self.path)
+            except OSError:
+                if old.exists():
+                    old.replace(self.path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
 
     def abort(self) -> None:

@@ -41,6 +41,7 @@ from mana_triton.segments import (
     frames_after,
     input_identity,
     open_resumable,
+    sweep,
 )
 from mana_triton.stream import CutDetector, Upscaler
 from mana_triton.video import Frame, MediaError, VideoEncoder, VideoWriter, open_reader
@@ -259,12 +260,15 @@ def test_killed_while_an_older_output_is_replaced(suffix, clip, weights, runner,
     try_points(suffix, clip, weights, runner, whole, tmp_path, 3, ("--overwrite",))
 
 
-@pytest.mark.parametrize("fault", ["stopped", "no renaming"])
+@pytest.mark.parametrize("fault", ["stopped", "no naming", "no renaming"])
 @pytest.mark.parametrize("name", ["clip_x4.mp4", "clip_x4"])
 def test_an_older_output_is_not_taken_for_the_finished_one(
     name, fault, clip, tmp_path, monkeypatch
 ):
-    """Finished segments were deleted as what is left of a run that had named its output."""
+    """Finished segments were deleted as what is left of a run that had named its output.
+
+    Nor is it lost when it made way for one that cannot be named: --restart deleted it.
+    """
     output = tmp_path / name
     put_older(output)
     settings: dict[str, Any] = {"job": {}, "length": 6, "overwrite": True}
@@ -276,7 +280,7 @@ def test_an_older_output_is_not_taken_for_the_finished_one(
         raise KeyboardInterrupt
 
     def refused(path, target) -> Path:
-        if target == output:
+        if target == output and (path.suffix != ".old" or fault == "no renaming"):
             raise PermissionError(1, "Operation not permitted")
         return replace(path, target)
 
@@ -298,7 +302,10 @@ def test_an_older_output_is_not_taken_for_the_finished_one(
             faulty.setattr(Path, "replace", refused)
         with pytest.raises((KeyboardInterrupt, MediaError)):
             work()
-    assert is_older(output) or not (output.exists() or output.suffix)
+    if fault == "no renaming" and not output.suffix:
+        assert not output.exists()
+        sweep(output)
+    assert is_older(output)
     assert work() == COUNT
     assert not is_older(output)
     assert [file.name for file in tmp_path.iterdir()] == [name]
