@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -398,17 +398,23 @@ def decoding(decode: Callable, z: Tensor, reference: Callable | None) -> dict[st
     return figures
 
 
+def _measured(rows: list[dict[str, Any]], table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size of the output and row of what was measured; why the rest was not, goes into the table."""
+    for row in rows:
+        size = f"{4 * row['width']}x{4 * row['height']}"
+        if "left_out" in row:
+            table.add_row(size, row["what"], row["left_out"])
+        else:
+            yield size, row
+
+
 def decoder_table(rows: list[dict[str, Any]]) -> Table:
     """The table of the convolutions."""
     table = Table(
         "output", "decoder", "frames at once", "ms/frame", "x", "rel. difference",
         title="the decoder's convolutions, as one graph",
     )  # fmt: skip
-    for row in rows:
-        size = f"{4 * row['width']}x{4 * row['height']}"
-        if "left_out" in row:
-            table.add_row(size, row["what"], row["left_out"])
-            continue
+    for size, row in _measured(rows, table):
         first = next(
             (x for x in rows if x["what"] == "as it is" and x["height"] == row["height"]), row
         )
@@ -431,11 +437,7 @@ def model_table(rows: list[dict[str, Any]]) -> Table:
         "pairs", "peak MiB", "predicted",
         title="whole model, pictures in, planes out; in brackets what is aimed at",
     )  # fmt: skip
-    for row in rows:
-        size = f"{4 * row['width']}x{4 * row['height']}"
-        if "left_out" in row:
-            table.add_row(size, row["what"], row["left_out"])
-            continue
+    for size, row in _measured(rows, table):
         one, peak = row["latency"], row["peak_mib"]
 
         def aimed(target: float | None) -> str:
