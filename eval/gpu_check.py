@@ -399,7 +399,7 @@ def decoding(decode: Callable, z: Tensor, reference: Callable | None) -> dict[st
 
 
 def _measured(rows: list[dict[str, Any]], table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Size of the output and row of what was measured; why the rest was not, goes into the table."""
+    """Size of the output and row of what was measured; why others were not, goes in the table."""
     for row in rows:
         size = f"{4 * row['width']}x{4 * row['height']}"
         if "left_out" in row:
