@@ -103,9 +103,13 @@ def run_name(config: MANAConfig) -> str:
 def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> dict:
     """Train one variant, or go on, and read what its log says."""
     out = args.out / f"{run_name(config)}-{seed}"
-    if not (start := out / "start.safetensors").exists():
+    first, start = beginning(config, seed, args.init_from), out / "start.safetensors"
+    if not start.exists():
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(beginning(config, seed, args.init_from), start)
+        checkpoint.save(first, start)
+    before = checkpoint.load(start).state_dict()
+    if any(not torch.equal(before[name], x) for name, x in first.state_dict().items()):
+        raise CheckpointError(f"{start}: holds other first weights; choose another --out")
     train.train(train.parse_args(flags(args, config, seed, out)), config)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(entries) if "psnr_db" in entry)

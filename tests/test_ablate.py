@@ -95,6 +95,13 @@ def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # 
     before = (out / "bias-0" / "last.pt").stat().st_mtime_ns
     ablate.main()
     assert (out / "bias-0" / "last.pt").stat().st_mtime_ns == before, "a finished run was repeated"
+    other = MANA(CONFIG)
+    checkpoint.save(other, tmp_path / "other.safetensors")
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv, "--init-from", str(tmp_path / "other.safetensors")]
+    )
+    with pytest.raises(SystemExit, match="holds other first weights; choose another --out"):
+        ablate.main()
 
 
 # ---- motion
