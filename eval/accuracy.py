@@ -160,7 +160,10 @@ def check(clips: Iterable[Clip], model: MANA, candidates: dict[str, Fast]) -> li
     refused: dict[str, str] = {}
     for clip in clips:
         console.print(f"{clip.name}: reference")
-        truth = reference_frames(model, clip.lr.to(device)).cpu()
+        with torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        ):  # which a GPU's convolutions are else
+            truth = reference_frames(model, clip.lr.to(device)).cpu()
         scores = _scores(clip, truth)
         for name in [name for name in candidates if name not in refused]:
             console.print(f"{clip.name}: {name}")

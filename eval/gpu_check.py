@@ -281,7 +281,7 @@ def model_row(
     floor = flops(model.config, height, width, visited) / matmul / 1e9
     ms = 1000 * took / frames
     latency_target, target = TARGETS.get((height, width), (None, None))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
+    peak = torch.cuda.max_memory_reserved() / 2**20 if DEVICE == "cuda" else None
     return {
         "what": preset, "height": height, "width": width, "precision": upscaler.precision,
         "batch": plan.batch, "latency": one, "latency_target": latency_target,
@@ -335,9 +335,6 @@ def flops(config: MANAConfig, height: int, width: int, visited: float) -> float:
     return counter.get_total_flops() + memory + 4 * d * config.frames * visited * pixels**2
 
 
-# --- output
-
-
 # --- convolutions
 
 
@@ -386,8 +383,9 @@ def decoding(decode: Callable, z: Tensor, reference: Callable | None) -> dict[st
     """Milliseconds a frame, and the difference from the reference; of a way that fails, why."""
     try:
         out = decode(z)
-        graph = Graph(lambda: out.copy_(decode(z)), z.device)
-        figures = {key: x / len(z) for key, x in measure(graph).items() if key != "peak_mib"}
+        graph = Graph(z.device)
+        times = measure(lambda: graph(lambda: out.copy_(decode(z))))
+        figures = {key: x / len(z) for key, x in times.items() if key != "peak_mib"}
     except RuntimeError as error:
         if reference is None:
             raise

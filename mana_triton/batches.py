@@ -33,38 +33,36 @@ WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 class Graph:
     """A function without arguments, as a CUDA graph once it has been called.
 
-    It must read and write the same tensors at every call, and leave the choice of what it does to
-    their values. It must not wait for the GPU.
+    It must be the same at every call, read and write the same tensors, and leave the choice of what
+    it does to their values. It must not wait for the GPU. (It is not kept: as its owner's method it
+    would keep the owner, and the memory of the GPU, until the garbage is collected.)
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device):
-        self._function, self._device = function, device
+    def __init__(self, device: torch.device):
+        self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, function: Callable[[], object]) -> None:
         if self._device.type != "cuda":
-            self._function()
+            function()
             return
         if self._graph is None:
-            self._graph = self._captured()
+            with torch.cuda.device(self._device):
+                self._graph = self._captured(function)
         self._graph.replay()
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph, tries = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True  # the fastest convolutions for these sizes
-        try:
-            # first in earnest: kernels are compiled and convolutions chosen
-            tries.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(tries):
-                for _ in range(2):
-                    self._function()
-            torch.cuda.current_stream(self._device).wait_stream(tries)
-            # other threads may go on with what a capture forbids
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._function()
-        finally:
-            torch.backends.cudnn.benchmark = before
+    @staticmethod
+    def _captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # first in earnest: kernels are compiled
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(aside)
+        # other threads may go on with what a capture forbids
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            function()
         return graph
 
 
@@ -120,8 +118,7 @@ class Batches:
         rows |= {"k": attended, "v": attended}
         self._kept = {name: weight.new_zeros(self.ring, *size) for name, size in rows.items()}
         self._lr = torch.zeros(self.ring, height, width, 3, device=device)
-        self._encode = Graph(self._encode_given, device)
-        self._enlarge = Graph(self._enlarge_windows, device)
+        self._encode, self._enlarge = Graph(device), Graph(device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def encode(self, pictures: Sequence[Tensor], numbers: Sequence[int]) -> None:
@@ -132,29 +129,29 @@ class Batches:
         given = [*pictures, *[pictures[-1]] * (self.batch - len(pictures))]
         _put(torch.stack(given), self._given)
         self._put_places(numbers, self._slots)
-        self._encode()
+        self._encode(self._encode_given)
 
     def enlarge(self, windows: Sequence[Sequence[int]]) -> Results:
         """Enlarge the centers of windows, at most a batch, by the numbers of their T frames."""
         self._put_places(windows, self._windows)
         if self._copies is None:
-            self._enlarge()
-            return Results(self._finished(len(windows)), None)
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_stream(self._copies)  # the last results leave the place of these
-        self._enlarge()
-        self._copies.wait_stream(compute)
+            self._enlarge(self._enlarge_windows)
+            return Results(self._finished(self._out[: len(windows)]), None)
+        self._enlarge(self._enlarge_windows)
+        enlarged = self._out[: len(windows)].clone()  # the next batch may follow at once
+        enlarged.record_stream(self._copies)
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):
-            pictures = self._finished(len(windows))
-            copied = torch.cuda.Event()
+            pictures = self._finished(enlarged)
+            copied = torch.cuda.Event(blocking=True)
             copied.record()
         return Results(pictures, copied)
 
-    def _finished(self, count: int) -> list:
-        """The first enlarged pictures, or what is made of them, on their way to the caller."""
+    def _finished(self, enlarged: Tensor) -> list:
+        """Enlarged pictures, or what is made of them, on their way to the caller."""
         if self.finish is None:
-            return list(_taken(self._out[:count]))
-        return [[_taken(part) for part in self.finish(picture)] for picture in self._out[:count]]
+            return [_taken(picture) for picture in enlarged]
+        return [[_taken(part) for part in self.finish(picture)] for picture in enlarged]
 
     def _put_places(self, numbers: Sequence, target: Tensor) -> None:
         places = torch.tensor([*numbers, *[numbers[-1]] * (self.batch - len(numbers))])
@@ -229,5 +226,5 @@ def _taken(values: Tensor) -> Tensor:
 
 def _put(values: Tensor, target: Tensor) -> None:
     """Copy into a tensor on a device without waiting for it."""
-    pinned = values.pin_memory() if target.is_cuda else values
+    pinned = values.pin_memory() if target.is_cuda and not values.is_cuda else values
     target.copy_(pinned, non_blocking=True)

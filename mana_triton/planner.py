@@ -244,6 +244,11 @@ def size(device: torch.device) -> int | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory; PyTorch has a type for it on a GPU only."""
+    """Whether an error says that there is no memory.
+
+    PyTorch has a type for its own allocator of a GPU; a CPU's, CUDA, its libraries and Triton say
+    it in words.
+    """
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    words = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return known or (isinstance(error, RuntimeError) and any(x in str(error) for x in words))

@@ -193,6 +193,8 @@ class Upscaler:
         self.plans: dict[tuple[int, int], Plan] = {}  # by height and width
         self.radius = planner.RADIUS  # of bands' neighborhoods: what the last one needed
         self.backend, reason = choose_backend(backend, self.device)
+        if batch not in ("auto", 0) and (self.device.type, self.backend) == ("cuda", "tiled"):
+            raise ValueError("batches on a GPU need backend triton, got tiled; take batch 0")
         self.tile, self.scene_cuts = tile, scene_cuts
         self.batch, self.workers = batch, workers
         self.model = copy.deepcopy(model) if isinstance(model, MANA) else load(model)
@@ -388,7 +390,9 @@ class Upscaler:
         """Frames of a batch, at most; 0 for none."""
         if self.batch != "auto":
             return int(self.batch)
-        if self.device.type != "cuda" or self.tile not in ("auto", 0) or self.workers != "auto":
+        # the other backends wait for the GPU in between, and so cannot be a graph
+        is_graph = self.device.type == "cuda" and self.backend == "triton"
+        if not is_graph or self.tile not in ("auto", 0) or self.workers != "auto":
             return 0
         config, itemsize = self.model.config, DTYPES[self.precision].itemsize
         fill = planner.BATCH_BYTES // planner.activations(config, itemsize, height, width)

@@ -91,7 +91,11 @@ def yuv_to_rgb(
     for rows in _bands(luma, 1):
         light = luma[rows].float().sub_(zero).mul_(top / span).add_(0.5)  # rounds
         cb, cr = (
-            torch.lerp(plane[above[rows]].float(), plane[below[rows]].float(), share[rows, None])
+            torch.lerp(
+                _rows(plane, above[rows]).float(),
+                _rows(plane, below[rows]).float(),
+                share[rows, None],
+            )
             .sub_(2 ** (bits - 1))
             .mul_(top / chroma_span)
             for plane in chroma
@@ -144,7 +148,7 @@ def rgb_to_yuv(
         start, end = rows.start, -(-rows.stop // step_y) * step_y
         around = torch.arange(start - lead, end + trail, device=rgb.device).clamp_(0, height - 1)
         # a slice where it can be: picking rows by number copies them
-        some = rgb[rows] if len(around) == rows.stop - start else rgb[around]
+        some = rgb[rows] if len(around) == rows.stop - start else _rows(rgb, around)
         channels = luma.new_empty(3, *some.shape[:2], dtype=torch.float32)
         channels.copy_(some.permute(2, 0, 1))
         luma[rows] = _mixed(channels[:, lead : lead + rows.stop - start], to_luma, zero + 0.5)
@@ -170,6 +174,13 @@ def quantized(values: Tensor, top: int) -> Tensor:
 def integers(top: int) -> torch.dtype:
     """The type of numbers up to top."""
     return torch.uint8 if top <= 255 else torch.uint16
+
+
+def _rows(pixels: Tensor, numbers: Tensor) -> Tensor:
+    """Rows by their numbers; CUDA does not pick among uint16."""
+    if pixels.dtype != torch.uint16:
+        return pixels[numbers]
+    return pixels.view(torch.int16)[numbers].view(torch.uint16)
 
 
 def _mixed(channels: Tensor, factors: Sequence[float], offset: float) -> Tensor:
