@@ -160,9 +160,9 @@ def check(clips: Iterable[Clip], model: MANA, candidates: dict[str, Fast]) -> li
     refused: dict[str, str] = {}
     for clip in clips:
         console.print(f"{clip.name}: reference")
-        with torch.backends.cudnn.flags(
+        with torch.backends.cudnn.flags(  # else a GPU convolves in TF32
             enabled=True, allow_tf32=False
-        ):  # which a GPU's convolutions are else
+        ):
             truth = reference_frames(model, clip.lr.to(device)).cpu()
         scores = _scores(clip, truth)
         for name in [name for name in candidates if name not in refused]:
