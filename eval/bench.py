@@ -242,7 +242,7 @@ def bench_memory(threads: int) -> list[Row]:
     return rows
 
 
-# preset, height, width and plan, as workers, tile, band and rows, whose peaks are measured
+# preset, height, width and plan, as workers, tile, band, rows and batch, whose peaks are measured
 PLANS = (
     ("tiny", 128, 224, (2, 0, 64, 0)),
     ("tiny", 180, 320, (1, 0, 64, 0)),
@@ -252,6 +252,9 @@ PLANS = (
     ("small", 128, 224, (1, 0, 64, 0)),
     ("small", 180, 320, (1, 48, 32, 0)),
     ("small", 96, 320, (1, 48, 16, 32)),
+    ("tiny", 128, 224, (1, 0, 64, 0, 3)),
+    ("tiny", 128, 224, (1, 0, 64, 0, 7)),
+    ("small", 96, 128, (1, 0, 64, 0, 4)),
 )
 
 
@@ -265,7 +268,7 @@ def bench_plan(threads: int) -> list[Row]:
         division = ", ".join(map(str, plan))
         rows.append(
             {
-                "what": f"{preset}, {width}x{height}, workers, tile, band, rows {division}",
+                "what": f"{preset}, {width}x{height}, workers, tile, band, rows, batch {division}",
                 "predicted_mib": predicted,
                 "extra_mib": measured,
                 "predicted_share": predicted / measured,
@@ -274,7 +277,7 @@ def bench_plan(threads: int) -> list[Row]:
     return rows
 
 
-def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int]) -> float:
+def plan_peak(preset: str, height: int, width: int, plan: tuple[int, ...]) -> float:
     """MiB that a stream of nine frames takes at its peak beyond what the process held before."""
     host.tune()
     torch.manual_seed(0)

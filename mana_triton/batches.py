@@ -36,10 +36,14 @@ class Graph:
     It must be the same at every call, read and write the same tensors, and leave the choice of what
     it does to their values. It must not wait for the GPU. (It is not kept: as its owner's method it
     would keep the owner, and the memory of the GPU, until the garbage is collected.)
+
+    Args:
+        device: where it works.
+        beside: a graph that never runs at the same time: both use the same memory in between.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, beside: "Graph | None" = None):
+        self._device, self._beside = device, beside
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, function: Callable[[], object]) -> None:
@@ -51,9 +55,10 @@ class Graph:
                 self._graph = self._captured(function)
         self._graph.replay()
 
-    @staticmethod
-    def _captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def _captured(self, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        other = self._beside and self._beside._graph
+        pool = other.pool() if other else None
         # first in earnest: kernels are compiled
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -61,7 +66,7 @@ class Graph:
                 function()
         torch.cuda.current_stream().wait_stream(aside)
         # other threads may go on with what a capture forbids
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local"):
             function()
         return graph
 
@@ -118,7 +123,8 @@ class Batches:
         rows |= {"k": attended, "v": attended}
         self._kept = {name: weight.new_zeros(self.ring, *size) for name, size in rows.items()}
         self._lr = torch.zeros(self.ring, height, width, 3, device=device)
-        self._encode, self._enlarge = Graph(device), Graph(device)
+        self._encode = Graph(device)
+        self._enlarge = Graph(device, beside=self._encode)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def encode(self, pictures: Sequence[Tensor], numbers: Sequence[int]) -> None:

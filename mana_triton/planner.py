@@ -29,7 +29,7 @@ SMALLEST_TILE, SMALLEST_BAND, SMALLEST_ROWS = 32, 8, 16
 SHARE = 0.8  # of the memory that a stream plans with unless it is told
 
 # what the terms of `predict` take, in multiples of their tensors
-ENCODER, ATTENTION, PICTURES, BANDS = 4, 5, 4, 1.25
+ENCODER, ATTENTION, PICTURES, BANDS, BATCHED = 4, 5, 4, 1.25, 0.8
 ALWAYS = 24 << 20  # bytes of threads and the allocator
 
 
@@ -88,8 +88,8 @@ def predict(config: MANAConfig, itemsize: int, height: int, width: int, plan: Pl
     if plan.batch:
         n = plan.batch
         kept = (n + t - 1) * (c * itemsize + 3 * d + 12) * pixels + 2 * n * t * d * pixels
-        enlarging = c * itemsize * pixels + ATTENTION * t * values * pixels
-        enlarging += activations(config, itemsize, 1, pixels)
+        decoder = BATCHED * activations(config, itemsize, 1, pixels)
+        enlarging = c * itemsize * pixels + max(ATTENTION * t * values * pixels, decoder)
         large = 3 * SCALE**2 * pixels * (4 + 4 + 2)  # in float32, clamped, and as integers
         return int(ALWAYS + kept + n * (max(ENCODER * c * itemsize * pixels, enlarging) + large))
     margin = 2 * config.decoder_blocks + 3
