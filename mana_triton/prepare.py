@@ -58,9 +58,8 @@ def find(path: Path, split: str) -> Iterator[tuple[Source | None, str, str]]:
 def prepare(source: Source, out: Path, smallest: int) -> dict:
     """Write the scenes of a source; returns {"stamp", "clips", "skipped"}."""
     clips, skipped = [], []
-    # a sequence of seven frames was cut out of one scene by those who made the set
     frames = source.frames()
-    parts = _parts(frames if len(source.files) == WINDOW else _scenes(frames))
+    parts = _parts(frames if source.one_scene else _scenes(frames))
     try:
         for first, part in parts:
             span = f"frames {first} to {first + len(part) - 1}"
@@ -118,7 +117,7 @@ def _write(source: Source, first: int, part: list[np.ndarray], out: Path) -> dic
     file = f"{safe}-{first}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
     shape = write_frames(out / file, part, str(source.place))
     entry = {"name": f"{source.name}-{first}", "kind": "clip", "file": file, "shape": list(shape)}
-    return entry | {"sha256": checksum(out / file)}
+    return entry | {"cuts": [], "sha256": checksum(out / file)}
 
 
 def checksum(path: Path) -> str:

@@ -333,6 +333,8 @@ class Trainer:
         where = f"{self.processes.count} x {self.device.type}, attention by {self.backend}"
         clips, stills = len(self.sampler.clips), len(self.sampler.stills)
         self.display.say(f"{parameters} parameters on {where}; {clips} clips, {stills} stills")
+        if self.sampler.short_scenes:
+            self.display.say(f"{self.sampler.short_scenes} scenes of fewer than 7 frames left out")
         if self.iteration:
             self.display.say(f"continuing from iteration {self.iteration} of {self.total}")
 
@@ -422,7 +424,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _names(clips: list[Clip]) -> str:
     """A short text that differs when the clips do."""
-    text = "\n".join(f"{clip.name} {clip.shape}" for clip in clips)
+    text = "\n".join(" ".join(map(str, (c.name, c.shape, *c.cuts))) for c in clips)
     return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

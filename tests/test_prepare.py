@@ -69,6 +69,14 @@ def test_long_scenes_become_files_of_bounded_size(tmp_path, monkeypatch):
     assert min(lengths) >= 7 and max(lengths) <= 16 and len(lengths) > 2
 
 
+def test_seven_pictures_may_have_a_cut(tmp_path):
+    """Only the sequences of Vimeo-90K are known to have none."""
+    write_pictures(tmp_path / "pictures", scenes(3, 4))
+    assert run(tmp_path / "out", tmp_path / "pictures")["clips"] == 0
+    whats = [what for _, what, _ in details(tmp_path / "out")]
+    assert whats == ["frames 0 to 2", "frames 3 to 6"]
+
+
 def test_vimeo_and_reds(tmp_path):
     vimeo, reds = tmp_path / "vimeo", tmp_path / "REDS" / "train_sharp"
     # seven frames of a list are one clip, whatever they look like
@@ -82,8 +90,9 @@ def test_vimeo_and_reds(tmp_path):
     for name in ("000", "001"):
         write_pictures(reds / name, scenes(8))
     report = run(tmp_path / "out", vimeo, reds)
-    names = {clip.name for clip in data.open_clips([tmp_path / "out"], tmp_path / "unused")}
-    assert names == {"00001-0001-0", "001-0"}
+    clips = data.open_clips([tmp_path / "out"], tmp_path / "unused")
+    assert {clip.name for clip in clips} == {"00001-0001-0", "001-0"}
+    assert not any(clip.cuts for clip in clips)
     assert report["sources"] == 4
     assert sorted(details(tmp_path / "out")) == [
         ("000", "all", "one of REDS4, which tests are made of"),

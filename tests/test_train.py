@@ -76,7 +76,8 @@ def cache(tmp_path_factory) -> Path:
         frame = np.clip(128 + 6 * frame, 0, 255).astype(np.uint8)
         frames = np.stack([np.roll(frame, 2 * t, 1) for t in range(T)])
         np.save(root / f"{name}.npy", frames)
-        index[name] = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+        entry = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+        index[name] = entry | {"cuts": []}
     (root / data.INDEX).write_text(json.dumps(index))
     return root
 
@@ -481,7 +482,7 @@ def test_a_network_can_learn_one_clip_by_heart(tmp_path):
     frame = np.clip(128 + 6 * frame, 0, 255).astype(np.uint8)
     frames = np.stack([np.roll(frame, 2 * t, 1) for t in range(7)])
     np.save(tmp_path / "one.npy", frames)
-    entry = {"name": "one", "kind": "clip", "file": "one.npy", "shape": frames.shape}
+    entry = {"name": "one", "kind": "clip", "file": "one.npy", "shape": frames.shape, "cuts": []}
     (tmp_path / data.INDEX).write_text(json.dumps({"one": entry}))
     more = ["--batch", 1, "--stage1", 0, "--stage2", 0, "--stage3", 500, "--lr3", 2e-3]
     args = arguments(tmp_path, tmp_path / "out", *more, "--betas", 0.9, 0.99, "--warmup", 20)
