@@ -114,10 +114,12 @@ class Trainer:
         self.validation = None
         if val and self.leads:
             self.validation = Validation(val, args.val_frames, args.degradation, low_val)
+        # of process 0, which decides when the time is up
         self.step_seconds = 0.0  # the longest iteration since the last validation
-        self.closing_seconds = 0.0  # what validating takes
+        self.validating_seconds = 0.0  # what the last one took
+        self.saving_seconds = 0.0
         if args.minutes and self.validation:
-            self.closing_seconds = self.validation.seconds(self.ema, self.device)
+            self.validating_seconds = self.validation.seconds(self.ema, self.device)
 
     # the paper's stages
 
@@ -232,15 +234,18 @@ class Trainer:
                 self._check_loss()
                 rate = self._rate(stage, start)
                 self._step(lr, hr, stage, rate)
-                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
                 if self.leads:
                     self._report(stage, rate, lr)
-                stop, late = self.processes.any(self.stop.received, self._out_of_time())
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
+                validate = self.iteration % args.val_every == 0
+                save = self.iteration % args.save_every == 0
+                late = self.leads and self._out_of_time(validate, save)
+                stop, late = self.processes.any(self.stop.received, late)
                 last = self.iteration == self.total or late
-                if self.leads and (last or self.iteration % args.val_every == 0):
+                if self.leads and (last or validate):
                     self._validate()
                     self._start_clock()
-                if self.leads and (last or stop or self.iteration % args.save_every == 0):
+                if self.leads and (last or stop or save):
                     self.save()
                 if stop:
                     self.processes.meet()  # or torchrun would end the one that saves
@@ -253,12 +258,16 @@ class Trainer:
                 began = time.monotonic()
         return last
 
-    def _out_of_time(self) -> bool:
-        """True if another iteration would leave too little of --minutes to validate and save."""
+    def _out_of_time(self, validate: bool, save: bool) -> bool:
+        """True if another iteration would leave too little of --minutes to validate and save.
+
+        Where this iteration is to validate or save as well, that is done twice before the end.
+        """
         if not self.args.minutes:
             return False
-        elapsed = time.monotonic() - self.began
-        return elapsed + self.step_seconds + self.closing_seconds > 60 * self.args.minutes
+        seconds = time.monotonic() - self.began + self.step_seconds
+        seconds += self.validating_seconds * (1 + validate) + self.saving_seconds * (1 + save)
+        return seconds > 60 * self.args.minutes
 
     def _start_clock(self) -> None:
         self.shown = time.monotonic()
@@ -325,7 +334,7 @@ class Trainer:
             iteration, score = str(self.iteration), str(scores["psnr_db"])
             path = self.out / "best.safetensors"
             checkpoint.save(model, path, dtype=torch.float16, iteration=iteration, psnr=score)
-        self.closing_seconds = time.monotonic() - began
+        self.validating_seconds = time.monotonic() - began
         self.step_seconds = 0.0
 
     def _describe(self) -> None:
@@ -343,6 +352,7 @@ class Trainer:
     def save(self) -> None:
         """Write OUT/optimizer-N.pt, then OUT/last.pt; a kill leaves the old or the new pair."""
         self._check_finite()
+        began = time.monotonic()
         state = {
             "settings": self.settings,
             "iteration": self.iteration,
@@ -356,6 +366,7 @@ class Trainer:
         write_atomically(self.out / "last.pt", lambda part: torch.save(state, part))
         for old in set(self.out.glob("optimizer-*.pt")) - {optimizer}:
             old.unlink()
+        self.saving_seconds = time.monotonic() - began
 
     def resume(self) -> None:
         """Continue from OUT/last.pt if there is one."""

@@ -568,6 +568,35 @@ def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
     assert run(arguments(cache, tmp_path), CONFIG)["finished"]
 
 
+@pytest.mark.parametrize("budget", [15, 18, 21, 22, 23, 24, 25, 26, 29, 40])
+def test_minutes_are_kept(cache, tmp_path, monkeypatch, budget):
+    """By a clock on which iterations take 1 s, saving 0.5 s and validating 5 s.
+
+    A validation that is due just before the end was not counted, and overran the time.
+    """
+    now = 0.0
+
+    def taking(seconds, function):
+        def call(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return call
+
+    scores = dict.fromkeys(("psnr_db", "center_only_psnr_db", "bicubic_psnr_db"), 1.0)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Validation, "seconds", lambda *_: 5.0)
+    monkeypatch.setattr(Validation, "measure", taking(5.0, lambda *_: scores))
+    monkeypatch.setattr(Trainer, "_step", taking(1.0, Trainer._step))
+    monkeypatch.setattr(torch, "save", taking(0.25, torch.save))  # of two files
+    args = arguments(cache, tmp_path, "--stage1", 99, "--minutes", budget / 60)
+    summary = run(args, CONFIG)
+    assert not summary["finished"] and state_of(tmp_path)["iteration"] == summary["iterations"]
+    # one iteration more could have been due to validate and to save, and then ended so again
+    assert budget - (1 + 5 + 2 * 0.5) < now <= budget
+
+
 def test_without_validation_the_last_average_is_exported(cache, tmp_path):
     args = arguments(cache, tmp_path, "--ema", 0)
     args.val = []
