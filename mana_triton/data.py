@@ -342,7 +342,7 @@ def _read_cache(cache: Path, kind: str) -> list[Clip]:
     if older and os.access(cache, os.W_OK):  # else they are looked for again the next time
         write_index(cache, index)
     clips = [_as_clip(cache, entry) for entry in entries]
-    return sorted(clips, key=lambda clip: clip.path.name)
+    return sorted(clips, key=lambda clip: (clip.name, clip.path.name))
 
 
 def _find_cuts(path: Path) -> list[int]:

@@ -34,7 +34,7 @@ from mana_triton.growth import GrowthError, grow
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.parallel import Processes
 from mana_triton.progress import Display, Log, StopSignal, write_atomically
-from mana_triton.real import VALIDATION, open_low_clips, training_recipes
+from mana_triton.real import VALIDATION, LowClip, open_low_clips, training_recipes
 from mana_triton.validation import Validation, attention_statistics
 
 LOG_EVERY = 100
@@ -85,7 +85,8 @@ class Trainer:
                 low_val = open_low_clips(val, place, lambda name: [VALIDATION])
         self.settings = {name: getattr(args, name) for name in FIXED_FLAGS}
         self.settings["betas"] = list(args.betas)
-        self.settings |= {"data": _names(clips), "stills": _names(stills), "val": _names(val)}
+        self.settings |= {"data": _names(clips, low), "stills": _names(stills, low)}
+        self.settings["val"] = _names(val)
         self.settings |= {"model": dataclasses.asdict(config)}
         self.sampler = Sampler(
             clips,
@@ -433,9 +434,11 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _names(clips: list[Clip]) -> str:
-    """A short text that differs when the clips do."""
-    text = "\n".join(" ".join(map(str, (c.name, c.shape, *c.cuts))) for c in clips)
+def _names(clips: list[Clip], low: dict[Path, list[LowClip]] | None = None) -> str:
+    """A short text that differs when the clips, or the recipes of their variants, do."""
+    recipes = [[variant.recipe for variant in low[clip.path]] if low else [] for clip in clips]
+    parts = [(c.name, c.shape, *c.cuts, *drawn) for c, drawn in zip(clips, recipes, strict=True)]
+    text = "\n".join(" ".join(map(str, part)) for part in parts)
     return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mana_triton import data
 from mana_triton.data import DataError, Sampler, degrade, open_clips, upscale_bicubic
-from mana_triton.real import LowClip
+from mana_triton.real import LowClip, Recipe
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "data" / "metrics" / "matlab_imresize_x4.npz"
 
@@ -330,7 +330,7 @@ def test_no_sample_goes_across_a_cut(tmp_path, degraded):
     """Scenes too short for a sample are left out; every window of the others is drawn."""
     write_video(tmp_path / "film.mkv", film(9, 6, 15))
     [clip] = open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
-    low = {clip.path: [LowClip(lambda: clip.frames[:, ::4, ::4], 0, 0)]} if degraded else None
+    low = {clip.path: [LowClip(lambda: clip.frames[:, ::4, ::4], Recipe())]} if degraded else None
     source = sampler([clip], [], low=low)
     assert source.short_scenes == 1
     for n in range(60):

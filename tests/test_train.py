@@ -19,6 +19,7 @@ import torch
 from mana_triton import checkpoint, data, train
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.real import Recipe
 from mana_triton.train import Trainer, TrainingError, parse_args
 from mana_triton.validation import Validation
 
@@ -558,6 +559,19 @@ def test_the_log_holds_validations_and_losses(cache, tmp_path, monkeypatch):
     assert [e["stage"] for e in entries if "loss" in e] == [1, 2, 3]
     assert {"psnr_db", "center_only_psnr_db", "bicubic_psnr_db"} <= entries[-1].keys()
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_other_recipes_are_refused(cache, tmp_path, monkeypatch):
+    """A run that goes on with other degradations of the same clips has other samples."""
+    some = [Recipe(kernel="area"), Recipe(noise=2.0)]
+    args = arguments(cache, tmp_path, "--degradation", "real", "--minutes", 1e-6)
+    args.val = []
+    monkeypatch.setattr(train, "training_recipes", lambda name: some[:1])
+    run(args, CONFIG)
+    run(args, CONFIG)
+    monkeypatch.setattr(train, "training_recipes", lambda name: some[1:])
+    with pytest.raises(TrainingError, match="other settings: --data, --stills; use"):
+        run(args, CONFIG)
 
 
 def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
