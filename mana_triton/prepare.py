@@ -12,6 +12,7 @@ clips of REDS that tests are made of, REDS4, are left out.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -92,22 +93,29 @@ def _scenes(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray | None]:
 def _parts(frames: Iterable[np.ndarray | None]) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(number of the first frame, frames) of what goes into one file each.
 
-    A scene is cut only where six frames at least remain beyond what a file holds, so that no part
-    of it is too short.
+    Every part of a scene but the last holds what fits into a file, seven frames at least. The last
+    one begins within the part before it where it would have fewer.
     """
-    first, part = 0, []
+    first, part, before = 0, [], []
     for frame in frames:
         if frame is None:
-            yield first, part
-            first, part = first + len(part), []
+            yield _lengthened(first, part, before)
+            first, part, before = first + len(part), [], []
             continue
+        if part and len(part) == max(WINDOW, PART // frame.nbytes):
+            yield first, part
+            first, part, before = first + len(part), [], part[1 - WINDOW :]
         part.append(frame)
-        fit = max(WINDOW, PART // frame.nbytes - WINDOW + 1)
-        if len(part) == fit + WINDOW:
-            yield first, part[:fit]
-            first, part = first + fit, part[fit:]
     if part:
-        yield first, part
+        yield _lengthened(first, part, before)
+
+
+def _lengthened(
+    first: int, part: list[np.ndarray], before: list[np.ndarray]
+) -> tuple[int, list[np.ndarray]]:
+    """The last part of a scene with as many of the six frames before it as it needs."""
+    missing = min(len(before), max(0, WINDOW - len(part)))
+    return first - missing, before[len(before) - missing :] + part
 
 
 def _write(source: Source, first: int, part: list[np.ndarray], out: Path) -> dict:
@@ -165,13 +173,15 @@ def prepare_all(args: argparse.Namespace) -> dict:
     finally:
         pool.shutdown(cancel_futures=True)
         _save(known, args.out)
+    shapes = [clip["shape"] for key in sources for clip in known[key]["clips"]]
     skipped = [{"source": place, "what": "all", "why": why} for _, place, why in found if why]
     for key in sources:
         skipped += [{"source": key, **item} for item in known[key]["skipped"]]
     report = {
         "sources": len(found),
-        "clips": sum(len(known[key]["clips"]) for key in sources),
-        "frames": sum(clip["shape"][0] for key in sources for clip in known[key]["clips"]),
+        "clips": len(shapes),
+        "frames": sum(shape[0] for shape in shapes),
+        "clips_over_56_mib": sum(math.prod(shape) > PART for shape in shapes),
         "made_now": len(todo),
         "skipped": dict(Counter(item["why"].split(", got")[0] for item in skipped)),
     }
@@ -223,4 +233,6 @@ def main() -> None:
         sys.exit("error: stopped; run the same command to go on")
     for why, count in report["skipped"].items():
         print(f"skipped {count}: {why}", file=sys.stderr)
+    if count := report["clips_over_56_mib"]:
+        print(f"larger than 56 MiB {count}: seven frames do not fit", file=sys.stderr)
     print(json.dumps(report))

@@ -69,6 +69,32 @@ def test_long_scenes_become_files_of_bounded_size(tmp_path, monkeypatch):
     assert min(lengths) >= 7 and max(lengths) <= 16 and len(lengths) > 2
 
 
+@pytest.mark.parametrize("fit", [5, 7, 9, 12, 13, 16])
+def test_no_part_is_larger_than_a_file_or_too_short(monkeypatch, fit):
+    """Where fewer than 13 frames fit, as of 1080p, a last part of up to 13 was too large."""
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(60)]
+    monkeypatch.setattr(prepare, "PART", fit * frames[0].nbytes)
+    for length in range(1, 40):
+        parts = list(prepare._parts([*frames[:length], None, *frames[length:]]))
+        for first, part in parts:
+            assert [int(frame[0, 0, 0]) for frame in part] == [*range(first, first + len(part))]
+            assert len(part) >= min(7, length) and len(part) <= max(7, fit)
+            assert first >= length or first + len(part) <= length, "across the cut"
+        held = {first + n for first, part in parts for n in range(len(part))}
+        assert held == set(range(60))
+        assert len({first for first, _ in parts}) == len(parts)
+
+
+def test_files_that_must_be_too_large_are_counted(tmp_path, monkeypatch):
+    frames = scenes(9)
+    write_video(tmp_path / "film.mkv", frames)
+    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes - 1)
+    report = run(tmp_path / "out", tmp_path / "film.mkv")
+    assert (report["clips"], report["clips_over_56_mib"]) == (2, 2)
+    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes)
+    assert run(tmp_path / "out", tmp_path / "film.mkv")["clips_over_56_mib"] == 0
+
+
 def test_seven_pictures_may_have_a_cut(tmp_path):
     """Only the sequences of Vimeo-90K are known to have none."""
     write_pictures(tmp_path / "pictures", scenes(3, 4))
