@@ -1,5 +1,6 @@
 """Training: the stages, exact resume after any kind of stop, validation, what is written."""
 
+import copy
 import json
 import os
 import random
@@ -350,6 +351,27 @@ def test_a_batch_that_cannot_be_split_is_refused(cache, tmp_path, monkeypatch):
         Trainer(arguments(cache, tmp_path), CONFIG)
 
 
+def test_gradients_are_clipped(cache, tmp_path):
+    norms = []
+    for limit in (0, 1e-3):
+        args = arguments(cache, tmp_path, "--clip-grad", limit)
+        trainer = Trainer(args, CONFIG)
+        trainer._begin_stage(1)
+        trainer._step(*trainer.sampler.load(0), 1, 1e-3)
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+    assert norms[0] > 1e-2
+    # the norm is divided by 1e-6 more than itself, and all is rounded a few times
+    eps = torch.finfo(torch.float32).eps
+    assert norms[1] == pytest.approx(1e-3, rel=1e-6 / norms[0] + 16 * eps)
+
+
+def test_adam_has_the_betas_of_the_command(cache, tmp_path):
+    trainer = Trainer(arguments(cache, tmp_path, "--betas", 0.8, 0.95), CONFIG)
+    trainer._begin_stage(1)
+    assert [group["betas"] for group in trainer.optimizer.param_groups] == [(0.8, 0.95)]
+
+
 def test_the_average_of_a_young_run_forgets(cache, tmp_path):
     trainer = Trainer(arguments(cache, tmp_path, "--ema", 0.999, "--warmup", 0), CONFIG)
     trainer._begin_stage(1)
@@ -574,6 +596,35 @@ def test_other_recipes_are_refused(cache, tmp_path, monkeypatch):
         run(args, CONFIG)
 
 
+def test_every_validation_leaves_a_picture(cache, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(arguments(cache, tmp_path), CONFIG)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    [name] = events.Tags()["images"]
+    pictures = events.Images(name)
+    assert [(p.step, p.height, p.width) for p in pictures] == [
+        (n, 60, 3 * 68) for n in (5, 10, 12)
+    ]  # fmt: skip
+
+
+def test_the_average_is_what_is_validated(cache, tmp_path, monkeypatch):
+    """As a file of float16 holds it."""
+    measure, seen = Validation.measure, []
+
+    def noting(validation, model, device):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return measure(validation, model, device)
+
+    monkeypatch.setattr(Validation, "measure", noting)
+    train.train(arguments(cache, tmp_path), CONFIG)
+    state = state_of(tmp_path)
+    for name, x in state["ema"].items():
+        assert torch.equal(seen[-1][name], x.half().float()), name
+    raw = state["model"]["conv_last.weight"].half().float()
+    assert not torch.equal(seen[-1]["conv_last.weight"], raw)
+
+
 def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
     summary = run(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
     assert (summary["iterations"], summary["finished"]) == (1, False)
@@ -659,6 +710,18 @@ def test_bf16_iterations_keep_fp32_weights(cache, tmp_path):
     args = arguments(cache, tmp_path, "--precision", "bf16", "--stage3", 1)
     assert run(args, CONFIG)["finished"]
     assert {x.dtype for x in state_of(tmp_path)["model"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_iterations_run_in_their_precision(cache, tmp_path, precision, dtype):
+    trainer = Trainer(arguments(cache, tmp_path, "--precision", precision), CONFIG)
+    trainer._begin_stage(1)
+    seen = set()
+    trainer.model.conv_first.register_forward_hook(lambda layer, x, y: seen.add(y.dtype))
+    trainer._step(*trainer.sampler.load(0), 1, 1e-3)
+    assert seen == {dtype}
 
 
 def test_training_on_degraded_video(cache, tmp_path):
