@@ -176,9 +176,18 @@ class Clip:
         return _open_npy(self.path)
 
 
-@lru_cache(maxsize=1024)
-def _open_npy(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+def open_frames(path: Path) -> np.ndarray:
+    """[T, H, W, 3] uint8, read-only, mapped from a file that `write_frames` wrote."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(
+            f"{path} must be a whole file of decoded frames, got: {error}; delete it, and make or "
+            "copy it anew"
+        ) from error
+
+
+_open_npy = lru_cache(maxsize=1024)(open_frames)
 
 
 @dataclass(frozen=True)

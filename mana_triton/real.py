@@ -31,6 +31,7 @@ from mana_triton.data import (
     DataError,
     decode_progress,
     matlab_bicubic,
+    open_frames,
     read_index,
     still_frames,
     write_frames,
@@ -227,7 +228,7 @@ def open_low_clips(
                 if file not in index or not (cache / file).is_file():
                     index[file] = _make(clip, recipe, cache / file)
                     write_index(cache, index)
-                frames = partial(np.load, cache / file, mmap_mode="r")
+                frames = partial(open_frames, cache / file)
                 low[clip.path].append(LowClip(frames, recipe))
     return low
 

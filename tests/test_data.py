@@ -322,6 +322,20 @@ def test_cuts_are_found_once_and_kept(tmp_path, monkeypatch):
             assert open_clips([path], cache) == [clip]
 
 
+@pytest.mark.parametrize("kept", [0, 50, 128, -1000], ids=["none", "header", "no-pixels", "most"])
+def test_a_truncated_file_of_a_cache_is_named(tmp_path, kept):
+    """It was a traceback in the middle of training."""
+    write_video(tmp_path / "film.mkv", film(9))
+    [clip] = open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
+    clip.path.write_bytes(clip.path.read_bytes()[:kept])
+    data._open_npy.cache_clear()
+    with pytest.raises(
+        DataError, match=r"film-.*\.npy must be a whole file .* delete it"
+    ) as caught:
+        sampler([clip], []).load(0)
+    assert "\n" not in str(caught.value)
+
+
 # ---- samples
 
 
