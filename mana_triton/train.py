@@ -529,6 +529,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--batch must be a multiple of --accumulate")
     if min(args.stage1, args.stage2, args.stage3) < 0 or not 0 <= args.ema < 1:
         parser.error("iterations must be at least 0, and 0 <= --ema < 1")
+    if not args.clip_grad >= 0:
+        parser.error("--clip-grad must be at least 0, and 0 does not clip")
     if args.stage1 + args.stage2 + args.stage3 == 0:
         parser.error("at least one of --stage1, --stage2, --stage3 must be above 0")
     args.out = args.out or Path("runs") / args.preset

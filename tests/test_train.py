@@ -772,6 +772,8 @@ def test_failures_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
         ["--data", "x", "--crop", "0"],
         ["--data", "x", "--batch", "6", "--accumulate", "4"],
         ["--data", "x", "--ema", "1"],
+        ["--data", "x", "--clip-grad", "-1"],
+        ["--data", "x", "--clip-grad", "nan"],
         ["--data", "x", "--nope"],
     ],
 )
