@@ -56,8 +56,8 @@ def find(path: Path, split: str) -> Iterator[tuple[Source | None, str, str]]:
         yield (None if why else source), str(source.place), why
 
 
-def prepare(source: Source, out: Path, smallest: int) -> dict:
-    """Write the scenes of a source; returns {"stamp", "clips", "skipped"}."""
+def prepare(source: Source, out: Path, smallest: int, split: str) -> dict:
+    """Write the scenes of a source; returns its entry of SOURCES."""
     clips, skipped = [], []
     frames = source.frames()
     parts = _parts(frames if source.one_scene else _scenes(frames))
@@ -75,7 +75,8 @@ def prepare(source: Source, out: Path, smallest: int) -> dict:
                 clips.append(_write(source, first, part, out))
     except DataError as error:
         skipped.append({"what": "the rest" if clips else "all", "why": str(error)})
-    return {"stamp": source.stamp(), "clips": clips, "skipped": skipped}
+    made = {"smallest": smallest, "split": split if source.one_scene else None}
+    return {"stamp": source.stamp(), **made, "clips": clips, "skipped": skipped}
 
 
 def _scenes(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray | None]:
@@ -137,13 +138,26 @@ def checksum(path: Path) -> str:
 # ---- all sources
 
 
-def _is_done(entry: dict | None, source: Source, out: Path, verify: bool) -> bool:
+def _is_done(entry: dict | None, source: Source, args: argparse.Namespace) -> bool:
     if not entry or entry["stamp"] != source.stamp():
         return False
-    files = [(out / clip["file"], clip["sha256"]) for clip in entry["clips"]]
+    # older entries do not say
+    if entry.get("smallest", args.smallest) != args.smallest:
+        return False
+    files = [(args.out / clip["file"], clip["sha256"]) for clip in entry["clips"]]
     if not all(file.is_file() for file, _ in files):
         return False
-    return not verify or all(checksum(file) == known for file, known in files)
+    return not args.verify or all(checksum(file) == known for file, known in files)
+
+
+def _refuse_another_list(known: dict[str, dict], sources: dict[str, Source], split: str) -> None:
+    """The train and the test list of Vimeo-90K must not come together in one folder."""
+    splits = {entry.get("split") for entry in known.values()} - {None, split}
+    if splits and any(source.one_scene for source in sources.values()):
+        raise DataError(
+            f"--out must hold one list of Vimeo-90K, it holds {splits.pop()} and --split is "
+            f"{split}; pass another --out"
+        )
 
 
 def prepare_all(args: argparse.Namespace) -> dict:
@@ -153,12 +167,13 @@ def prepare_all(args: argparse.Namespace) -> dict:
     known: dict[str, dict] = json.loads(file.read_text()) if file.is_file() else {}
     found = [item for path in args.sources for item in find(path, args.split)]
     sources = {str(source.place.resolve()): source for source, _, _ in found if source}
+    _refuse_another_list(known, sources, args.split)
     todo = [
         (key, source)
         for key, source in sources.items()
-        if not _is_done(known.get(key), source, args.out, args.verify)
+        if not _is_done(known.get(key), source, args)
     ]
-    work = partial(prepare, out=args.out, smallest=args.smallest)
+    work = partial(prepare, out=args.out, smallest=args.smallest, split=args.split)
     pool = ThreadPoolExecutor(args.jobs)
     try:
         results = pool.map(work, [source for _, source in todo])

@@ -124,6 +124,8 @@ def test_vimeo_and_reds(tmp_path):
         ("000", "all", "one of REDS4, which tests are made of"),
         ("0002", "all", "im7.png is missing"),
     ]
+    with pytest.raises(data.DataError, match="it holds train and --split is test; pass another"):
+        run(tmp_path / "out", vimeo, more=("--split", "test"))
     run(tmp_path / "test", vimeo, more=("--split", "test"))
     [clip] = data.open_clips([tmp_path / "test"], tmp_path / "unused")
     assert clip.name == "00002-0001-0"
@@ -140,6 +142,16 @@ def test_what_cannot_be_used_is_reported(tmp_path):
     broken, small = sorted(details(tmp_path / "out"))
     assert broken[:2] == ("broken.mkv", "all") and "must be a readable video" in broken[2]
     assert small == ("small.mkv", "80x24", "a side of fewer than 32 pixels")
+
+
+def test_another_smallest_side_is_looked_at_again(tmp_path):
+    """What was too small stayed left out."""
+    write_video(tmp_path / "film.mkv", scenes(8))
+    for smallest, clips in (("256", 0), ("64", 1), ("65", 0)):
+        report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", smallest))
+        assert (report["clips"], report["made_now"]) == (clips, 1)
+    report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", "65"))
+    assert report["made_now"] == 0
 
 
 def test_stopped_work_goes_on_and_new_sources_join(tmp_path, monkeypatch):
