@@ -2,7 +2,8 @@
 
 Frames are uint8 RGB, sRGB as decoded, channels last ([T, H, W, 3]) until a batch is made. A clip is
 a video, a folder of frames, a Vimeo-90K sequence or a still picture; each is decoded once into a
-folder with one .npy per clip, opened by memory map, and an index.json.
+folder with one .npy per clip, opened by memory map, and an index.json, which also says where
+scenes change: no sample mixes two of them.
 
 Sample i of iteration n is a function of (seed, n, i) alone, so a training run resumes without any
 state of the data, and the number of threads that prepare batches changes nothing.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +30,8 @@ from einops import rearrange
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
+
+from mana_triton.stream import CutDetector
 
 if TYPE_CHECKING:
     from mana_triton.real import LowClip
@@ -149,12 +153,22 @@ def degrade(hr: Tensor, method: str = "matlab_bicubic") -> Tensor:
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded clip: `shape` is (T, H, W, 3), `kind` is "clip" or "still"."""
+    """One decoded clip: `shape` is (T, H, W, 3), `kind` is "clip" or "still".
+
+    `cuts` holds the first frame of every scene but the first.
+    """
 
     name: str
     kind: str
     path: Path
     shape: tuple[int, int, int, int]
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def scenes(self) -> list[range]:
+        """The frames of each scene."""
+        edges = (0, *self.cuts, self.shape[0])
+        return [range(first, end) for first, end in pairwise(edges)]
 
     @property
     def frames(self) -> np.ndarray:
@@ -162,9 +176,18 @@ class Clip:
         return _open_npy(self.path)
 
 
-@lru_cache(maxsize=1024)
-def _open_npy(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+def open_frames(path: Path) -> np.ndarray:
+    """[T, H, W, 3] uint8, read-only, mapped from a file that `write_frames` wrote."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(
+            f"{path} must be a whole file of decoded frames, got: {error}; delete it, and make or "
+            "copy it anew"
+        ) from error
+
+
+_open_npy = lru_cache(maxsize=1024)(open_frames)
 
 
 @dataclass(frozen=True)
@@ -175,6 +198,7 @@ class Source:
     kind: str
     place: Path
     files: tuple[Path, ...]
+    one_scene: bool = False  # known to be, so that no cut is looked for
 
     def stamp(self) -> dict:
         """What identifies the content without reading it."""
@@ -229,7 +253,7 @@ def vimeo_source(root: Path, name: str) -> Source:
     """A sequence of a Vimeo-90K folder by its name in a list, such as 00001/0001."""
     folder = root / "sequences" / name
     files = tuple(folder / f"im{i}.png" for i in range(1, WINDOW + 1))
-    return Source(name.replace("/", "-"), "clip", folder, files)
+    return Source(name.replace("/", "-"), "clip", folder, files, one_scene=True)
 
 
 def _vimeo_sources(root: Path, split: str) -> list[Source]:
@@ -274,7 +298,7 @@ def find_stills(path: Path) -> list[Source]:
             f"{path} must hold pictures ({' '.join(sorted(PICTURES))}); it holds none; "
             "pass another folder"
         )
-    return [Source(file.stem, "still", file, (file,)) for file in files]
+    return [Source(file.stem, "still", file, (file,), one_scene=True) for file in files]
 
 
 def _files_below(path: Path) -> list[Path]:
@@ -314,13 +338,26 @@ def open_clips(
 def _read_cache(cache: Path, kind: str) -> list[Clip]:
     """All clips (or stills) of a cache, by its index alone."""
     index = read_index(cache)
-    clips = [_as_clip(cache, entry) for entry in index.values() if entry["kind"] == kind]
-    if not clips:
+    entries = [entry for entry in index.values() if entry["kind"] == kind]
+    if not entries:
         raise DataError(f"{cache / INDEX} must list at least one {kind}, it lists none")
-    for clip in clips:
-        if not clip.path.is_file():
-            raise DataError(f"{cache / INDEX} lists {clip.path.name}, which is missing; copy it")
-    return sorted(clips, key=lambda clip: clip.path.name)
+    for entry in entries:
+        if not (cache / entry["file"]).is_file():
+            raise DataError(f"{cache / INDEX} lists {entry['file']}, which is missing; copy it")
+    older = [entry for entry in entries if "cuts" not in entry]
+    with decode_progress() as progress:
+        for entry in progress.track(older, description=f"looking for cuts in {cache}"):
+            entry["cuts"] = [] if kind == "still" else _find_cuts(cache / entry["file"])
+    if older and os.access(cache, os.W_OK):  # else they are looked for again the next time
+        write_index(cache, index)
+    clips = [_as_clip(cache, entry) for entry in entries]
+    return sorted(clips, key=lambda clip: (clip.name, clip.path.name))
+
+
+def _find_cuts(path: Path) -> list[int]:
+    """The first frame of every scene but the first."""
+    detector = CutDetector()
+    return [number for number, frame in enumerate(_open_npy(path)) if detector.is_cut(frame)]
 
 
 def read_index(cache: Path) -> dict[str, dict]:
@@ -335,7 +372,8 @@ def read_index(cache: Path) -> dict[str, dict]:
 
 
 def _as_clip(cache: Path, entry: dict) -> Clip:
-    return Clip(entry["name"], entry["kind"], cache / entry["file"], tuple(entry["shape"]))
+    shape, cuts = tuple(entry["shape"]), tuple(entry["cuts"])
+    return Clip(entry["name"], entry["kind"], cache / entry["file"], shape, cuts)
 
 
 def _decode(sources: list[Source], cache: Path) -> list[Clip]:
@@ -352,11 +390,14 @@ def _decode(sources: list[Source], cache: Path) -> list[Clip]:
                 entry = index.get(key, {})
                 fresh = stamp.items() <= entry.items() and (cache / entry["file"]).is_file()
                 if not fresh:
-                    index[key] = _decode_one(source, key, cache) | stamp
+                    index[key] = entry = _decode_one(source, key, cache) | stamp
+                if "cuts" not in entry:
+                    path = cache / entry["file"]
+                    entry["cuts"] = [] if source.one_scene else _find_cuts(path)
                 if not fresh and time.monotonic() > saved + 5:
                     write_index(cache, index)
                     saved = time.monotonic()
-                clips.append(_as_clip(cache, index[key]))
+                clips.append(_as_clip(cache, entry))
     finally:
         write_index(cache, index)
     return clips
@@ -437,7 +478,7 @@ class Sampler:
     """Random training batches from clips and stills.
 
     Args:
-        clips: moving clips of at least 7 frames.
+        clips: moving clips of at least 7 frames; their scenes of fewer are left out.
         stills: pictures; they become clips by synthetic motion.
         crop: LR pixels; every picture must have at least 4 * crop HR pixels each way.
         batch: samples per iteration.
@@ -471,6 +512,15 @@ class Sampler:
                     f"a training clip must have at least {WINDOW} frames, {clip.name} has "
                     f"{clip.shape[0]}; remove it"
                 )
+        short = [sum(len(scene) < WINDOW for scene in clip.scenes) for clip in clips]
+        self.short_scenes = sum(short)  # left out
+        usable = [c for c, n in zip(clips, short, strict=True) if n < len(c.scenes)]
+        if clips and not usable:
+            raise DataError(
+                f"a training clip must have a scene of at least {WINDOW} frames, none of "
+                f"{len(clips)} has; pass others as --data"
+            )
+        clips = usable
         # a variant loses up to three pixels where its grid begins
         needed = SCALE * crop + (SCALE - 1 if low else 0)
         for clip in clips + stills:
@@ -579,7 +629,7 @@ class Sampler:
         variant = variants[rng.integers(len(variants))]
         frames = variant.frames()
         T, h, w, _ = frames.shape
-        times = _choose_times(T, rng)
+        times = _choose_times(clip.scenes if clip.kind == "clip" else [range(T)], rng)
         c, C = self.crop, SCALE * self.crop
         y, x = int(rng.integers(h - c + 1)), int(rng.integers(w - c + 1))
         lr = np.array(frames[times, y : y + c, x : x + c])
@@ -652,17 +702,22 @@ def _choose_span(full: int, scaled: int, crop: int, rng: np.random.Generator) ->
 
 def _clip_frames(clip: Clip, rows: _Span, cols: _Span, rng: np.random.Generator) -> Tensor:
     """Seven frames [7, h, w, 3] of a clip."""
-    times = _choose_times(clip.shape[0], rng)
+    times = _choose_times(clip.scenes, rng)
     y0, y1 = rows.source(rows.start, rows.start + rows.length)
     x0, x1 = cols.source(cols.start, cols.start + cols.length)
     frames = np.array(clip.frames[times, y0:y1, x0:x1])
     return _shrink(torch.from_numpy(frames), rows.length, cols.length)
 
 
-def _choose_times(T: int, rng: np.random.Generator) -> np.ndarray:
-    """Seven frames of T, every second one in a fifth of the samples, in either order."""
-    stride = 2 if T >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
-    start = int(rng.integers(T - stride * (WINDOW - 1)))
+def _choose_times(scenes: list[range], rng: np.random.Generator) -> np.ndarray:
+    """Seven frames of a scene, every second one in a fifth of the samples, in either order."""
+    longest = max(len(scene) for scene in scenes)
+    stride = 2 if longest >= 2 * WINDOW - 1 and rng.random() < 0.2 else 1
+    starts = [scene[: max(0, len(scene) - stride * (WINDOW - 1))] for scene in scenes]
+    ends = np.cumsum([len(some) for some in starts])
+    n = int(rng.integers(ends[-1]))
+    number = int(np.searchsorted(ends, n, side="right"))  # of the scene that the n-th lies in
+    start = starts[number][n - int(ends[number])]  # counted from the end of its starts
     times = start + stride * np.arange(WINDOW)
     return times[::-1] if rng.random() < 0.5 else times
 

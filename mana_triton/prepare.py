@@ -12,6 +12,7 @@ clips of REDS that tests are made of, REDS4, are left out.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -55,12 +56,11 @@ def find(path: Path, split: str) -> Iterator[tuple[Source | None, str, str]]:
         yield (None if why else source), str(source.place), why
 
 
-def prepare(source: Source, out: Path, smallest: int) -> dict:
-    """Write the scenes of a source; returns {"stamp", "clips", "skipped"}."""
+def prepare(source: Source, out: Path, smallest: int, split: str) -> dict:
+    """Write the scenes of a source; returns its entry of SOURCES."""
     clips, skipped = [], []
-    # a sequence of seven frames was cut out of one scene by those who made the set
     frames = source.frames()
-    parts = _parts(frames if len(source.files) == WINDOW else _scenes(frames))
+    parts = _parts(frames if source.one_scene else _scenes(frames))
     try:
         for first, part in parts:
             span = f"frames {first} to {first + len(part) - 1}"
@@ -75,7 +75,8 @@ def prepare(source: Source, out: Path, smallest: int) -> dict:
                 clips.append(_write(source, first, part, out))
     except DataError as error:
         skipped.append({"what": "the rest" if clips else "all", "why": str(error)})
-    return {"stamp": source.stamp(), "clips": clips, "skipped": skipped}
+    made = {"smallest": smallest, "split": split if source.one_scene else None}
+    return {"stamp": source.stamp(), **made, "clips": clips, "skipped": skipped}
 
 
 def _scenes(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray | None]:
@@ -93,22 +94,29 @@ def _scenes(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray | None]:
 def _parts(frames: Iterable[np.ndarray | None]) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(number of the first frame, frames) of what goes into one file each.
 
-    A scene is cut only where six frames at least remain beyond what a file holds, so that no part
-    of it is too short.
+    Every part of a scene but the last holds what fits into a file, seven frames at least. The last
+    one begins within the part before it where it would have fewer.
     """
-    first, part = 0, []
+    first, part, before = 0, [], []
     for frame in frames:
         if frame is None:
-            yield first, part
-            first, part = first + len(part), []
+            yield _lengthened(first, part, before)
+            first, part, before = first + len(part), [], []
             continue
+        if part and len(part) == max(WINDOW, PART // frame.nbytes):
+            yield first, part
+            first, part, before = first + len(part), [], part[1 - WINDOW :]
         part.append(frame)
-        fit = max(WINDOW, PART // frame.nbytes - WINDOW + 1)
-        if len(part) == fit + WINDOW:
-            yield first, part[:fit]
-            first, part = first + fit, part[fit:]
     if part:
-        yield first, part
+        yield _lengthened(first, part, before)
+
+
+def _lengthened(
+    first: int, part: list[np.ndarray], before: list[np.ndarray]
+) -> tuple[int, list[np.ndarray]]:
+    """The last part of a scene with as many of the six frames before it as it needs."""
+    missing = min(len(before), max(0, WINDOW - len(part)))
+    return first - missing, before[len(before) - missing :] + part
 
 
 def _write(source: Source, first: int, part: list[np.ndarray], out: Path) -> dict:
@@ -118,7 +126,7 @@ def _write(source: Source, first: int, part: list[np.ndarray], out: Path) -> dic
     file = f"{safe}-{first}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
     shape = write_frames(out / file, part, str(source.place))
     entry = {"name": f"{source.name}-{first}", "kind": "clip", "file": file, "shape": list(shape)}
-    return entry | {"sha256": checksum(out / file)}
+    return entry | {"cuts": [], "sha256": checksum(out / file)}
 
 
 def checksum(path: Path) -> str:
@@ -130,13 +138,26 @@ def checksum(path: Path) -> str:
 # ---- all sources
 
 
-def _is_done(entry: dict | None, source: Source, out: Path, verify: bool) -> bool:
+def _is_done(entry: dict | None, source: Source, args: argparse.Namespace) -> bool:
     if not entry or entry["stamp"] != source.stamp():
         return False
-    files = [(out / clip["file"], clip["sha256"]) for clip in entry["clips"]]
+    # older entries do not say
+    if entry.get("smallest", args.smallest) != args.smallest:
+        return False
+    files = [(args.out / clip["file"], clip["sha256"]) for clip in entry["clips"]]
     if not all(file.is_file() for file, _ in files):
         return False
-    return not verify or all(checksum(file) == known for file, known in files)
+    return not args.verify or all(checksum(file) == known for file, known in files)
+
+
+def _refuse_another_list(known: dict[str, dict], sources: dict[str, Source], split: str) -> None:
+    """The train and the test list of Vimeo-90K must not come together in one folder."""
+    splits = {entry.get("split") for entry in known.values()} - {None, split}
+    if splits and any(source.one_scene for source in sources.values()):
+        raise DataError(
+            f"--out must hold one list of Vimeo-90K, it holds {splits.pop()} and --split is "
+            f"{split}; pass another --out"
+        )
 
 
 def prepare_all(args: argparse.Namespace) -> dict:
@@ -146,12 +167,13 @@ def prepare_all(args: argparse.Namespace) -> dict:
     known: dict[str, dict] = json.loads(file.read_text()) if file.is_file() else {}
     found = [item for path in args.sources for item in find(path, args.split)]
     sources = {str(source.place.resolve()): source for source, _, _ in found if source}
+    _refuse_another_list(known, sources, args.split)
     todo = [
         (key, source)
         for key, source in sources.items()
-        if not _is_done(known.get(key), source, args.out, args.verify)
+        if not _is_done(known.get(key), source, args)
     ]
-    work = partial(prepare, out=args.out, smallest=args.smallest)
+    work = partial(prepare, out=args.out, smallest=args.smallest, split=args.split)
     pool = ThreadPoolExecutor(args.jobs)
     try:
         results = pool.map(work, [source for _, source in todo])
@@ -166,13 +188,15 @@ def prepare_all(args: argparse.Namespace) -> dict:
     finally:
         pool.shutdown(cancel_futures=True)
         _save(known, args.out)
+    shapes = [clip["shape"] for key in sources for clip in known[key]["clips"]]
     skipped = [{"source": place, "what": "all", "why": why} for _, place, why in found if why]
     for key in sources:
         skipped += [{"source": key, **item} for item in known[key]["skipped"]]
     report = {
         "sources": len(found),
-        "clips": sum(len(known[key]["clips"]) for key in sources),
-        "frames": sum(clip["shape"][0] for key in sources for clip in known[key]["clips"]),
+        "clips": len(shapes),
+        "frames": sum(shape[0] for shape in shapes),
+        "clips_over_56_mib": sum(math.prod(shape) > PART for shape in shapes),
         "made_now": len(todo),
         "skipped": dict(Counter(item["why"].split(", got")[0] for item in skipped)),
     }
@@ -224,4 +248,6 @@ def main() -> None:
         sys.exit("error: stopped; run the same command to go on")
     for why, count in report["skipped"].items():
         print(f"skipped {count}: {why}", file=sys.stderr)
+    if count := report["clips_over_56_mib"]:
+        print(f"larger than 56 MiB {count}: seven frames do not fit", file=sys.stderr)
     print(json.dumps(report))

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -30,6 +31,7 @@ from mana_triton.data import (
     DataError,
     decode_progress,
     matlab_bicubic,
+    open_frames,
     read_index,
     still_frames,
     write_frames,
@@ -184,8 +186,15 @@ class LowClip:
     """A degraded clip; its pixel (0, 0) covers HR pixels from (top, left) on."""
 
     frames: Callable[[], np.ndarray]  # [T, h, w, 3] uint8, mapped from the file
-    top: int
-    left: int
+    recipe: Recipe
+
+    @property
+    def top(self) -> int:
+        return self.recipe.top
+
+    @property
+    def left(self) -> int:
+        return self.recipe.left
 
 
 def open_low_clips(
@@ -196,7 +205,7 @@ def open_low_clips(
     Args:
         clips: decoded clips; a still's variants have seven frames.
         cache: folder for the variants; copied elsewhere, it is opened without PyAV.
-        recipes: of a clip's name.
+        recipes: of a clip's name; the second clip of a name goes by "NAME 2", and so on.
 
     Returns:
         The variants by the path of the clip.
@@ -206,17 +215,21 @@ def open_low_clips(
     """
     cache.mkdir(parents=True, exist_ok=True)
     index = read_index(cache)
-    low = {}
+    low: dict[Path, list[LowClip]] = {}
+    seen: Counter[str] = Counter()
     with decode_progress() as progress:
         for clip in progress.track(clips, description=f"degrading into {cache}"):
             low[clip.path] = []
-            for recipe in recipes(clip.path.stem):
+            seen[clip.name] += 1
+            # not by the file, whose name depends on where the source lies
+            times = seen[clip.name]
+            for recipe in recipes(clip.name if times == 1 else f"{clip.name} {times}"):
                 file = _file_name(clip, recipe)
                 if file not in index or not (cache / file).is_file():
                     index[file] = _make(clip, recipe, cache / file)
                     write_index(cache, index)
-                frames = partial(np.load, cache / file, mmap_mode="r")
-                low[clip.path].append(LowClip(frames, recipe.top, recipe.left))
+                frames = partial(open_frames, cache / file)
+                low[clip.path].append(LowClip(frames, recipe))
     return low
 
 

@@ -34,7 +34,7 @@ from mana_triton.growth import GrowthError, grow
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.parallel import Processes
 from mana_triton.progress import Display, Log, StopSignal, write_atomically
-from mana_triton.real import VALIDATION, open_low_clips, training_recipes
+from mana_triton.real import VALIDATION, LowClip, open_low_clips, training_recipes
 from mana_triton.validation import Validation, attention_statistics
 
 LOG_EVERY = 100
@@ -85,7 +85,8 @@ class Trainer:
                 low_val = open_low_clips(val, place, lambda name: [VALIDATION])
         self.settings = {name: getattr(args, name) for name in FIXED_FLAGS}
         self.settings["betas"] = list(args.betas)
-        self.settings |= {"data": _names(clips), "stills": _names(stills), "val": _names(val)}
+        self.settings |= {"data": _names(clips, low), "stills": _names(stills, low)}
+        self.settings["val"] = _names(val)
         self.settings |= {"model": dataclasses.asdict(config)}
         self.sampler = Sampler(
             clips,
@@ -114,10 +115,12 @@ class Trainer:
         self.validation = None
         if val and self.leads:
             self.validation = Validation(val, args.val_frames, args.degradation, low_val)
+        # of process 0, which decides when the time is up
         self.step_seconds = 0.0  # the longest iteration since the last validation
-        self.closing_seconds = 0.0  # what validating takes
+        self.validating_seconds = 0.0  # what the last one took
+        self.saving_seconds = 0.0
         if args.minutes and self.validation:
-            self.closing_seconds = self.validation.seconds(self.ema, self.device)
+            self.validating_seconds = self.validation.seconds(self.ema, self.device)
 
     # the paper's stages
 
@@ -232,15 +235,18 @@ class Trainer:
                 self._check_loss()
                 rate = self._rate(stage, start)
                 self._step(lr, hr, stage, rate)
-                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
                 if self.leads:
                     self._report(stage, rate, lr)
-                stop, late = self.processes.any(self.stop.received, self._out_of_time())
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
+                validate = self.iteration % args.val_every == 0
+                save = self.iteration % args.save_every == 0
+                late = self.leads and self._out_of_time(validate, save)
+                stop, late = self.processes.any(self.stop.received, late)
                 last = self.iteration == self.total or late
-                if self.leads and (last or self.iteration % args.val_every == 0):
+                if self.leads and (last or validate):
                     self._validate()
                     self._start_clock()
-                if self.leads and (last or stop or self.iteration % args.save_every == 0):
+                if self.leads and (last or stop or save):
                     self.save()
                 if stop:
                     self.processes.meet()  # or torchrun would end the one that saves
@@ -253,12 +259,16 @@ class Trainer:
                 began = time.monotonic()
         return last
 
-    def _out_of_time(self) -> bool:
-        """True if another iteration would leave too little of --minutes to validate and save."""
+    def _out_of_time(self, validate: bool, save: bool) -> bool:
+        """True if another iteration would leave too little of --minutes to validate and save.
+
+        Where this iteration is to validate or save as well, that is done twice before the end.
+        """
         if not self.args.minutes:
             return False
-        elapsed = time.monotonic() - self.began
-        return elapsed + self.step_seconds + self.closing_seconds > 60 * self.args.minutes
+        seconds = time.monotonic() - self.began + self.step_seconds
+        seconds += self.validating_seconds * (1 + validate) + self.saving_seconds * (1 + save)
+        return seconds > 60 * self.args.minutes
 
     def _start_clock(self) -> None:
         self.shown = time.monotonic()
@@ -325,7 +335,7 @@ class Trainer:
             iteration, score = str(self.iteration), str(scores["psnr_db"])
             path = self.out / "best.safetensors"
             checkpoint.save(model, path, dtype=torch.float16, iteration=iteration, psnr=score)
-        self.closing_seconds = time.monotonic() - began
+        self.validating_seconds = time.monotonic() - began
         self.step_seconds = 0.0
 
     def _describe(self) -> None:
@@ -333,6 +343,8 @@ class Trainer:
         where = f"{self.processes.count} x {self.device.type}, attention by {self.backend}"
         clips, stills = len(self.sampler.clips), len(self.sampler.stills)
         self.display.say(f"{parameters} parameters on {where}; {clips} clips, {stills} stills")
+        if self.sampler.short_scenes:
+            self.display.say(f"{self.sampler.short_scenes} scenes of fewer than 7 frames left out")
         if self.iteration:
             self.display.say(f"continuing from iteration {self.iteration} of {self.total}")
 
@@ -341,6 +353,7 @@ class Trainer:
     def save(self) -> None:
         """Write OUT/optimizer-N.pt, then OUT/last.pt; a kill leaves the old or the new pair."""
         self._check_finite()
+        began = time.monotonic()
         state = {
             "settings": self.settings,
             "iteration": self.iteration,
@@ -354,6 +367,7 @@ class Trainer:
         write_atomically(self.out / "last.pt", lambda part: torch.save(state, part))
         for old in set(self.out.glob("optimizer-*.pt")) - {optimizer}:
             old.unlink()
+        self.saving_seconds = time.monotonic() - began
 
     def resume(self) -> None:
         """Continue from OUT/last.pt if there is one."""
@@ -420,9 +434,11 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _names(clips: list[Clip]) -> str:
-    """A short text that differs when the clips do."""
-    text = "\n".join(f"{clip.name} {clip.shape}" for clip in clips)
+def _names(clips: list[Clip], low: dict[Path, list[LowClip]] | None = None) -> str:
+    """A short text that differs when the clips, or the recipes of their variants, do."""
+    recipes = [[variant.recipe for variant in low[clip.path]] if low else [] for clip in clips]
+    parts = [(c.name, c.shape, *c.cuts, *drawn) for c, drawn in zip(clips, recipes, strict=True)]
+    text = "\n".join(" ".join(map(str, part)) for part in parts)
     return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -513,6 +529,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--batch must be a multiple of --accumulate")
     if min(args.stage1, args.stage2, args.stage3) < 0 or not 0 <= args.ema < 1:
         parser.error("iterations must be at least 0, and 0 <= --ema < 1")
+    if not args.clip_grad >= 0:
+        parser.error("--clip-grad must be at least 0, and 0 does not clip")
     if args.stage1 + args.stage2 + args.stage3 == 0:
         parser.error("at least one of --stage1, --stage2, --stage3 must be above 0")
     args.out = args.out or Path("runs") / args.preset

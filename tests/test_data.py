@@ -13,6 +13,7 @@ from PIL import Image
 
 from mana_triton import data
 from mana_triton.data import DataError, Sampler, degrade, open_clips, upscale_bicubic
+from mana_triton.real import LowClip, Recipe
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "data" / "metrics" / "matlab_imresize_x4.npz"
 
@@ -297,7 +298,71 @@ def test_a_missing_file_of_a_cache_is_named(tmp_path):
         open_clips([tmp_path], tmp_path)
 
 
+def film(*lengths: int) -> np.ndarray:
+    """Scenes of one color each: [T, 40, 40, 3]."""
+    colors = np.array([(200, 30, 30), (30, 160, 60), (40, 60, 220)], np.uint8)
+    frames = [np.tile(colors[i % 3], (n, 40, 40, 1)) for i, n in enumerate(lengths)]
+    return np.concatenate(frames)
+
+
+def test_cuts_are_found_once_and_kept(tmp_path, monkeypatch):
+    """Also in caches of older versions, whose index says nothing of them."""
+    write_video(tmp_path / "film.mkv", film(9, 4, 12))
+    cache = tmp_path / "cache"
+    [clip] = open_clips([tmp_path / "film.mkv"], cache)
+    assert clip.scenes == [range(9), range(9, 13), range(13, 25)]
+    index = data.read_index(cache)
+    for entry in index.values():
+        del entry["cuts"]
+    for path in (cache, tmp_path / "film.mkv"):
+        data.write_index(cache, index)
+        assert open_clips([path], cache) == [clip]
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_find_cuts", lambda _: pytest.fail("looked for again"))
+            assert open_clips([path], cache) == [clip]
+
+
+@pytest.mark.parametrize("kept", [0, 50, 128, -1000], ids=["none", "header", "no-pixels", "most"])
+def test_a_truncated_file_of_a_cache_is_named(tmp_path, kept):
+    """It was a traceback in the middle of training."""
+    write_video(tmp_path / "film.mkv", film(9))
+    [clip] = open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
+    clip.path.write_bytes(clip.path.read_bytes()[:kept])
+    data._open_npy.cache_clear()
+    with pytest.raises(
+        DataError, match=r"film-.*\.npy must be a whole file .* delete it"
+    ) as caught:
+        sampler([clip], []).load(0)
+    assert "\n" not in str(caught.value)
+
+
 # ---- samples
+
+
+@pytest.mark.parametrize("degraded", [False, True])
+def test_no_sample_goes_across_a_cut(tmp_path, degraded):
+    """Scenes too short for a sample are left out; every window of the others is drawn."""
+    write_video(tmp_path / "film.mkv", film(9, 6, 15))
+    [clip] = open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
+    low = {clip.path: [LowClip(lambda: clip.frames[:, ::4, ::4], Recipe())]} if degraded else None
+    source = sampler([clip], [], low=low)
+    assert source.short_scenes == 1
+    for n in range(60):
+        lr, hr = source.sample(n, 0)
+        assert (lr == lr[0, 0, 0]).all() and (hr == lr[0, 0, 0]).all()
+    rng = np.random.default_rng(0)
+    drawn = [sorted(data._choose_times(clip.scenes, rng).tolist()) for _ in range(1000)]
+    starts = {stride: {t[0] for t in drawn if t[1] - t[0] == stride} for stride in (1, 2)}
+    assert starts == {1: {*range(3), *range(15, 24)}, 2: {*range(15, 18)}}
+
+
+def test_clips_without_a_scene_long_enough_are_left_out(tmp_path):
+    short = data.Clip("short", "clip", tmp_path, (12, 64, 64, 3), cuts=(6,))
+    long = data.Clip("long", "clip", tmp_path, (12, 64, 64, 3))
+    source = sampler([short, long], [])
+    assert (source.clips, source.short_scenes) == ([long], 2)
+    with pytest.raises(DataError, match="a scene of at least 7 frames, none of 1 has; pass"):
+        sampler([short], [])
 
 
 def test_short_and_small_clips_are_named(tmp_path):

@@ -69,6 +69,40 @@ def test_long_scenes_become_files_of_bounded_size(tmp_path, monkeypatch):
     assert min(lengths) >= 7 and max(lengths) <= 16 and len(lengths) > 2
 
 
+@pytest.mark.parametrize("fit", [5, 7, 9, 12, 13, 16])
+def test_no_part_is_larger_than_a_file_or_too_short(monkeypatch, fit):
+    """Where fewer than 13 frames fit, as of 1080p, a last part of up to 13 was too large."""
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(60)]
+    monkeypatch.setattr(prepare, "PART", fit * frames[0].nbytes)
+    for length in range(1, 40):
+        parts = list(prepare._parts([*frames[:length], None, *frames[length:]]))
+        for first, part in parts:
+            assert [int(frame[0, 0, 0]) for frame in part] == [*range(first, first + len(part))]
+            assert len(part) >= min(7, length) and len(part) <= max(7, fit)
+            assert first >= length or first + len(part) <= length, "across the cut"
+        held = {first + n for first, part in parts for n in range(len(part))}
+        assert held == set(range(60))
+        assert len({first for first, _ in parts}) == len(parts)
+
+
+def test_files_that_must_be_too_large_are_counted(tmp_path, monkeypatch):
+    frames = scenes(9)
+    write_video(tmp_path / "film.mkv", frames)
+    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes - 1)
+    report = run(tmp_path / "out", tmp_path / "film.mkv")
+    assert (report["clips"], report["clips_over_56_mib"]) == (2, 2)
+    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes)
+    assert run(tmp_path / "out", tmp_path / "film.mkv")["clips_over_56_mib"] == 0
+
+
+def test_seven_pictures_may_have_a_cut(tmp_path):
+    """Only the sequences of Vimeo-90K are known to have none."""
+    write_pictures(tmp_path / "pictures", scenes(3, 4))
+    assert run(tmp_path / "out", tmp_path / "pictures")["clips"] == 0
+    whats = [what for _, what, _ in details(tmp_path / "out")]
+    assert whats == ["frames 0 to 2", "frames 3 to 6"]
+
+
 def test_vimeo_and_reds(tmp_path):
     vimeo, reds = tmp_path / "vimeo", tmp_path / "REDS" / "train_sharp"
     # seven frames of a list are one clip, whatever they look like
@@ -82,13 +116,16 @@ def test_vimeo_and_reds(tmp_path):
     for name in ("000", "001"):
         write_pictures(reds / name, scenes(8))
     report = run(tmp_path / "out", vimeo, reds)
-    names = {clip.name for clip in data.open_clips([tmp_path / "out"], tmp_path / "unused")}
-    assert names == {"00001-0001-0", "001-0"}
+    clips = data.open_clips([tmp_path / "out"], tmp_path / "unused")
+    assert {clip.name for clip in clips} == {"00001-0001-0", "001-0"}
+    assert not any(clip.cuts for clip in clips)
     assert report["sources"] == 4
     assert sorted(details(tmp_path / "out")) == [
         ("000", "all", "one of REDS4, which tests are made of"),
         ("0002", "all", "im7.png is missing"),
     ]
+    with pytest.raises(data.DataError, match="it holds train and --split is test; pass another"):
+        run(tmp_path / "out", vimeo, more=("--split", "test"))
     run(tmp_path / "test", vimeo, more=("--split", "test"))
     [clip] = data.open_clips([tmp_path / "test"], tmp_path / "unused")
     assert clip.name == "00002-0001-0"
@@ -105,6 +142,16 @@ def test_what_cannot_be_used_is_reported(tmp_path):
     broken, small = sorted(details(tmp_path / "out"))
     assert broken[:2] == ("broken.mkv", "all") and "must be a readable video" in broken[2]
     assert small == ("small.mkv", "80x24", "a side of fewer than 32 pixels")
+
+
+def test_another_smallest_side_is_looked_at_again(tmp_path):
+    """What was too small stayed left out."""
+    write_video(tmp_path / "film.mkv", scenes(8))
+    for smallest, clips in (("256", 0), ("64", 1), ("65", 0)):
+        report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", smallest))
+        assert (report["clips"], report["made_now"]) == (clips, 1)
+    report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", "65"))
+    assert report["made_now"] == 0
 
 
 def test_stopped_work_goes_on_and_new_sources_join(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from einops import rearrange
 from mana_triton import data, real
 from mana_triton.data import DataError, Sampler
 from mana_triton.real import Recipe
+from tests.test_data import write_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,6 +162,26 @@ def test_interrupted_work_goes_on(clips, tmp_path, monkeypatch):
     assert len(made) == 2 + 2, "the finished variant was made again"
     for recipe, variant in zip(recipes, variants, strict=True):
         assert np.array_equal(variant.frames(), degraded(clips[0][0].frames, recipe))
+
+
+def test_the_same_data_elsewhere_have_the_same_recipes(tmp_path):
+    """They were drawn from the cache's file name, in which the place of the source is hashed."""
+    drawn = []
+    for place in ("x", "y"):
+        for folder, T in (("one", 8), ("two", 9)):
+            write_pictures(tmp_path / place / folder / "film", scene(0, T))
+        films = [tmp_path / place / "one", tmp_path / place / "two"]
+        decoded = data.open_clips(films, tmp_path / place / "cache")
+        assert [(clip.name, clip.shape[0]) for clip in decoded] == [("film", 8), ("film", 9)]
+        low = real.open_low_clips(decoded, tmp_path / place / "low", lambda name: [draw(name)])
+        drawn.append([variant.recipe for variants in low.values() for variant in variants])
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1], "two clips of one name"
+
+
+def draw(name: str) -> Recipe:
+    """Without a codec, which takes time."""
+    return replace(real.draw(name, 0), codec=None)
 
 
 # ---- samples

@@ -1,5 +1,6 @@
 """Training: the stages, exact resume after any kind of stop, validation, what is written."""
 
+import copy
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import torch
 from mana_triton import checkpoint, data, train
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.real import Recipe
 from mana_triton.train import Trainer, TrainingError, parse_args
 from mana_triton.validation import Validation
 
@@ -76,7 +78,8 @@ def cache(tmp_path_factory) -> Path:
         frame = np.clip(128 + 6 * frame, 0, 255).astype(np.uint8)
         frames = np.stack([np.roll(frame, 2 * t, 1) for t in range(T)])
         np.save(root / f"{name}.npy", frames)
-        index[name] = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+        entry = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+        index[name] = entry | {"cuts": []}
     (root / data.INDEX).write_text(json.dumps(index))
     return root
 
@@ -348,6 +351,27 @@ def test_a_batch_that_cannot_be_split_is_refused(cache, tmp_path, monkeypatch):
         Trainer(arguments(cache, tmp_path), CONFIG)
 
 
+def test_gradients_are_clipped(cache, tmp_path):
+    norms = []
+    for limit in (0, 1e-3):
+        args = arguments(cache, tmp_path, "--clip-grad", limit)
+        trainer = Trainer(args, CONFIG)
+        trainer._begin_stage(1)
+        trainer._step(*trainer.sampler.load(0), 1, 1e-3)
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+    assert norms[0] > 1e-2
+    # the norm is divided by 1e-6 more than itself, and all is rounded a few times
+    eps = torch.finfo(torch.float32).eps
+    assert norms[1] == pytest.approx(1e-3, rel=1e-6 / norms[0] + 16 * eps)
+
+
+def test_adam_has_the_betas_of_the_command(cache, tmp_path):
+    trainer = Trainer(arguments(cache, tmp_path, "--betas", 0.8, 0.95), CONFIG)
+    trainer._begin_stage(1)
+    assert [group["betas"] for group in trainer.optimizer.param_groups] == [(0.8, 0.95)]
+
+
 def test_the_average_of_a_young_run_forgets(cache, tmp_path):
     trainer = Trainer(arguments(cache, tmp_path, "--ema", 0.999, "--warmup", 0), CONFIG)
     trainer._begin_stage(1)
@@ -481,7 +505,7 @@ def test_a_network_can_learn_one_clip_by_heart(tmp_path):
     frame = np.clip(128 + 6 * frame, 0, 255).astype(np.uint8)
     frames = np.stack([np.roll(frame, 2 * t, 1) for t in range(7)])
     np.save(tmp_path / "one.npy", frames)
-    entry = {"name": "one", "kind": "clip", "file": "one.npy", "shape": frames.shape}
+    entry = {"name": "one", "kind": "clip", "file": "one.npy", "shape": frames.shape, "cuts": []}
     (tmp_path / data.INDEX).write_text(json.dumps({"one": entry}))
     more = ["--batch", 1, "--stage1", 0, "--stage2", 0, "--stage3", 500, "--lr3", 2e-3]
     args = arguments(tmp_path, tmp_path / "out", *more, "--betas", 0.9, 0.99, "--warmup", 20)
@@ -559,12 +583,83 @@ def test_the_log_holds_validations_and_losses(cache, tmp_path, monkeypatch):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
+def test_other_recipes_are_refused(cache, tmp_path, monkeypatch):
+    """A run that goes on with other degradations of the same clips has other samples."""
+    some = [Recipe(kernel="area"), Recipe(noise=2.0)]
+    args = arguments(cache, tmp_path, "--degradation", "real", "--minutes", 1e-6)
+    args.val = []
+    monkeypatch.setattr(train, "training_recipes", lambda name: some[:1])
+    run(args, CONFIG)
+    run(args, CONFIG)
+    monkeypatch.setattr(train, "training_recipes", lambda name: some[1:])
+    with pytest.raises(TrainingError, match="other settings: --data, --stills; use"):
+        run(args, CONFIG)
+
+
+def test_every_validation_leaves_a_picture(cache, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(arguments(cache, tmp_path), CONFIG)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    [name] = events.Tags()["images"]
+    pictures = events.Images(name)
+    assert [(p.step, p.height, p.width) for p in pictures] == [
+        (n, 60, 3 * 68) for n in (5, 10, 12)
+    ]  # fmt: skip
+
+
+def test_the_average_is_what_is_validated(cache, tmp_path, monkeypatch):
+    """As a file of float16 holds it."""
+    measure, seen = Validation.measure, []
+
+    def noting(validation, model, device):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return measure(validation, model, device)
+
+    monkeypatch.setattr(Validation, "measure", noting)
+    train.train(arguments(cache, tmp_path), CONFIG)
+    state = state_of(tmp_path)
+    for name, x in state["ema"].items():
+        assert torch.equal(seen[-1][name], x.half().float()), name
+    raw = state["model"]["conv_last.weight"].half().float()
+    assert not torch.equal(seen[-1]["conv_last.weight"], raw)
+
+
 def test_minutes_end_in_a_validated_checkpoint(cache, tmp_path):
     summary = run(arguments(cache, tmp_path, "--minutes", 1e-6), CONFIG)
     assert (summary["iterations"], summary["finished"]) == (1, False)
     assert summary["best_psnr_db"] > 0 and state_of(tmp_path)["iteration"] == 1
     assert isinstance(checkpoint.load(summary["weights"]), MANA)
     assert run(arguments(cache, tmp_path), CONFIG)["finished"]
+
+
+@pytest.mark.parametrize("budget", [15, 18, 21, 22, 23, 24, 25, 26, 29, 40])
+def test_minutes_are_kept(cache, tmp_path, monkeypatch, budget):
+    """By a clock on which iterations take 1 s, saving 0.5 s and validating 5 s.
+
+    A validation that is due just before the end was not counted, and overran the time.
+    """
+    now = 0.0
+
+    def taking(seconds, function):
+        def call(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return call
+
+    scores = dict.fromkeys(("psnr_db", "center_only_psnr_db", "bicubic_psnr_db"), 1.0)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Validation, "seconds", lambda *_: 5.0)
+    monkeypatch.setattr(Validation, "measure", taking(5.0, lambda *_: scores))
+    monkeypatch.setattr(Trainer, "_step", taking(1.0, Trainer._step))
+    monkeypatch.setattr(torch, "save", taking(0.25, torch.save))  # of two files
+    args = arguments(cache, tmp_path, "--stage1", 99, "--minutes", budget / 60)
+    summary = run(args, CONFIG)
+    assert not summary["finished"] and state_of(tmp_path)["iteration"] == summary["iterations"]
+    # one iteration more could have been due to validate and to save, and then ended so again
+    assert budget - (1 + 5 + 2 * 0.5) < now <= budget
 
 
 def test_without_validation_the_last_average_is_exported(cache, tmp_path):
@@ -617,6 +712,18 @@ def test_bf16_iterations_keep_fp32_weights(cache, tmp_path):
     assert {x.dtype for x in state_of(tmp_path)["model"].values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_iterations_run_in_their_precision(cache, tmp_path, precision, dtype):
+    trainer = Trainer(arguments(cache, tmp_path, "--precision", precision), CONFIG)
+    trainer._begin_stage(1)
+    seen = set()
+    trainer.model.conv_first.register_forward_hook(lambda layer, x, y: seen.add(y.dtype))
+    trainer._step(*trainer.sampler.load(0), 1, 1e-3)
+    assert seen == {dtype}
+
+
 def test_training_on_degraded_video(cache, tmp_path):
     """Both the samples and the validation come from the cache of degraded clips."""
     more = ("--degradation", "real", "--cache", tmp_path / "cache")
@@ -665,6 +772,8 @@ def test_failures_are_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
         ["--data", "x", "--crop", "0"],
         ["--data", "x", "--batch", "6", "--accumulate", "4"],
         ["--data", "x", "--ema", "1"],
+        ["--data", "x", "--clip-grad", "-1"],
+        ["--data", "x", "--clip-grad", "nan"],
         ["--data", "x", "--nope"],
     ],
 )
