@@ -244,14 +244,14 @@ def bench_memory(threads: int) -> list[Row]:
 
 # preset, height, width and plan, as workers, tile, band, rows and batch, whose peaks are measured
 PLANS = (
-    ("tiny", 128, 224, (2, 0, 64, 0)),
-    ("tiny", 180, 320, (1, 0, 64, 0)),
-    ("tiny", 270, 480, (1, 64, 32, 0)),
-    ("tiny", 270, 480, (1, 128, 64, 0)),
-    ("tiny", 180, 320, (1, 64, 16, 32)),
-    ("small", 128, 224, (1, 0, 64, 0)),
-    ("small", 180, 320, (1, 48, 32, 0)),
-    ("small", 96, 320, (1, 48, 16, 32)),
+    ("tiny", 128, 224, (2, 0, 64, 0, 0)),
+    ("tiny", 180, 320, (1, 0, 64, 0, 0)),
+    ("tiny", 270, 480, (1, 64, 32, 0, 0)),
+    ("tiny", 270, 480, (1, 128, 64, 0, 0)),
+    ("tiny", 180, 320, (1, 64, 16, 32, 0)),
+    ("small", 128, 224, (1, 0, 64, 0, 0)),
+    ("small", 180, 320, (1, 48, 32, 0, 0)),
+    ("small", 96, 320, (1, 48, 16, 32, 0)),
     ("tiny", 128, 224, (1, 0, 64, 0, 3)),
     ("tiny", 128, 224, (1, 0, 64, 0, 7)),
     ("small", 96, 128, (1, 0, 64, 0, 4)),
@@ -277,7 +277,7 @@ def bench_plan(threads: int) -> list[Row]:
     return rows
 
 
-def plan_peak(preset: str, height: int, width: int, plan: tuple[int, ...]) -> float:
+def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int, int]) -> float:
     """MiB that a stream of nine frames takes at its peak beyond what the process held before."""
     host.tune()
     torch.manual_seed(0)
