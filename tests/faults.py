@@ -217,6 +217,7 @@ def _fail(order: dict, watched: str) -> list[int]:
         sys.settrace(trace)  # of this thread, the one that writes
     else:
         sys.addaudithook(watch)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests, too, may run under nohup
     if "ignored" in order:
         signal.signal(getattr(signal, order["ignored"]), signal.SIG_IGN)
     if "after" in order:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mana_triton import export
 from mana_triton.attention import TOLERANCE
-from mana_triton.checkpoint import save
+from mana_triton.checkpoint import named_weights, save
 from mana_triton.kernels import reference
 from mana_triton.model import MANA, MANAConfig
 
@@ -216,7 +216,8 @@ def test_refusals(tmp_path, monkeypatch):
     line = refusal("tiny", "-o", tmp_path / "none" / "model.onnx", "--size", "35x20")
     assert line.startswith("error: -o must lie in an existing folder")
     line = refusal("none", "-o", output, "--size", "35x20")
-    assert line.startswith("error: weights must be a shipped name (tiny, tiny-real) or an existing")
+    shipped = ", ".join(named_weights())
+    assert line.startswith(f"error: weights must be a shipped name ({shipped}) or an existing")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     line = refusal("tiny", "-o", output, "--size", "35x20")
     assert line.startswith("error: ONNX files need onnx, onnxscript, onnxruntime, there is no onnx")
