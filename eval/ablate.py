@@ -104,12 +104,13 @@ def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> di
     """Train one variant, or go on, and read what its log says."""
     out = args.out / f"{run_name(config)}-{seed}"
     first, start = beginning(config, seed, args.init_from), out / "start.safetensors"
-    if not start.exists():
+    if start.exists():
+        before = checkpoint.load(start).state_dict()
+        if any(not torch.equal(before[name], x) for name, x in first.state_dict().items()):
+            raise CheckpointError(f"{start}: holds other first weights; choose another --out")
+    else:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(first, start)
-    before = checkpoint.load(start).state_dict()
-    if any(not torch.equal(before[name], x) for name, x in first.state_dict().items()):
-        raise CheckpointError(f"{start}: holds other first weights; choose another --out")
     train.train(train.parse_args(flags(args, config, seed, out)), config)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(entries) if "psnr_db" in entry)
@@ -117,7 +118,7 @@ def measure(group: str, variant: str, config: MANAConfig, seed: int, args) -> di
         "group": group,
         "variant": variant,
         "seed": seed,
-        "parameters": sum(p.numel() for p in MANA(config).parameters()),
+        "parameters": sum(p.numel() for p in first.parameters()),
         "psnr_db": last["psnr_db"],
         "gain_db": last["psnr_db"] - last["bicubic_psnr_db"],
         "neighbors_db": last["psnr_db"] - last["center_only_psnr_db"],

@@ -140,11 +140,11 @@ class Batches:
     def enlarge(self, windows: Sequence[Sequence[int]]) -> Results:
         """Enlarge the centers of windows, at most a batch, by the numbers of their T frames."""
         self._put_places(windows, self._windows)
-        if self._copies is None:
-            self._enlarge(self._enlarge_windows)
-            return Results(self._finished(self._out[: len(windows)]), None)
         self._enlarge(self._enlarge_windows)
-        enlarged = self._out[: len(windows)].clone()  # the next batch may follow at once
+        enlarged = self._out[: len(windows)]
+        if self._copies is None:
+            return Results(self._finished(enlarged), None)
+        enlarged = enlarged.clone()  # the next batch may follow at once
         enlarged.record_stream(self._copies)
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -310,12 +310,8 @@ class VideoReader(_Reader):
 
     def _describe(self, first: Timed) -> None:
         self.width, self.height, self.rotation = first.width, first.height, first.rotation
-        side_data: dict[str, bytes] = {}
-        # PyAV frees the name of a profile that side data hold although it is the frame's, and
-        # PNG's decoder is the one that names them
-        if self._stream.codec_context.name not in ("png", "apng"):
-            side_data = {data.type.name: bytes(data) for data in first.side_data}
-        elif first.rotation:
+        side_data = {data.type.name: bytes(data) for data in self._beside(first)}
+        if first.rotation and not side_data:
             self._note("the picture is not turned, though its EXIF asks for it")
         matrix = side_data.get("DISPLAYMATRIX")
         self.display_matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
@@ -338,11 +334,17 @@ class VideoReader(_Reader):
             self.frame_count = max(1, round((end - float(first.pts * self.time_base)) * self.rate))
         self._name_lost_tags()
 
+    def _beside(self, frame: Timed) -> Iterable[Any]:
+        """A frame's side data; none of PNG.
+
+        PyAV frees the name of a profile that side data hold although it is the frame's, and PNG's
+        decoder is the one that names them.
+        """
+        return () if self._stream.codec_context.name in ("png", "apng") else frame.side_data
+
     def _name_lost_data(self, frame: Timed) -> None:
         """Note what stands beside the pixels of single frames and cannot be written."""
-        if self._stream.codec_context.name in ("png", "apng"):  # see `_describe`
-            return
-        kinds = {data.type.name for data in frame.side_data}
+        kinds = {data.type.name for data in self._beside(frame)}
         if {"DOVI_METADATA", "DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID"} & kinds:
             self._note("HDR metadata of single frames (Dolby Vision, HDR10+) is left out")
         if "A53_CC" in kinds:
