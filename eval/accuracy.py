@@ -4,7 +4,7 @@
     python eval/accuracy.py --data DATA/val --frames 5    # the first frames of each clip
 
 Reference: float32, the attention as it is defined (`kernels/reference.py`, every pair), whole
-frames, one window after the other, none of `mana_triton.stream`. The paths are the stream's: its
+frames, one window after the other, none of `mana_triton.engine`. The paths are the stream's: its
 tolerance, decoder tiles, several frames side by side or encoded at once, half precision, what the
 command chooses by itself, and on a GPU both backends; and the ONNX file run by ONNX Runtime.
 
@@ -39,9 +39,9 @@ from eval import bench
 from eval.datasets import arrange, console
 from mana_triton import MANA, export, load
 from mana_triton.checkpoint import CheckpointError
-from mana_triton.data import SCALE, DataError, degrade
+from mana_triton.engine.upscaler import Upscaler, window_numbers
 from mana_triton.metrics import psnr
-from mana_triton.stream import Upscaler, window_numbers
+from mana_triton.training.clips import SCALE, DataError, degrade
 
 LEAST = {"fp32": 80.0, "bf16": 50.0, "fp16": 50.0}  # dB between the outputs
 MOST = 0.02  # dB by which the PSNR against the originals may move

@@ -41,9 +41,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mana_triton import MANA, MANAConfig, cross_frame_attention, host
+from mana_triton.engine.plan import Plan, predict
+from mana_triton.engine.upscaler import Upscaler
 from mana_triton.kernels import reference
-from mana_triton.planner import Plan, predict
-from mana_triton.stream import Upscaler
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
 PARTS = ("attention", "model", "pipeline", "plan", "memory", "import")

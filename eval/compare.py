@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 import mana_triton.model
-from eval import peers
+from eval import baselines as peers
 from eval.bench import (
     SIZE,
     Row,
@@ -37,10 +37,10 @@ from eval.bench import (
 )
 from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
 from mana_triton.checkpoint import named_weights
+from mana_triton.engine.upscaler import DTYPES, TOLERANCE, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.model import SCALE
-from mana_triton.stream import DTYPES, TOLERANCE, Upscaler
-from mana_triton.video import open_reader, open_writer
+from mana_triton.video.writer import open_reader, open_writer
 
 PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0, "note": "code path, type unpublished"}
 SMALL_SIZES = ((16, 28), (32, 56), SIZE)  # low-resolution rows and columns
@@ -263,7 +263,7 @@ def check_attention(name: str, actual: Tensor, inputs: list[Tensor], dense: Tens
     if not error <= allowed:
         raise BenchError(
             f"{name} must be within {allowed:.1e} of the definition, is {error:.1e} off; "
-            "nothing was timed: run pytest tests/test_attention.py"
+            "nothing was timed: run pytest tests/kernels/test_attention.py"
         )
     return float((actual[:, :, rows].double() - exact).norm() / exact.norm())
 

@@ -42,19 +42,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.peers import augmented_sdpa, block_mask, eager, flex, flex_blocks, masked_sdpa
+from eval.baselines import augmented_sdpa, block_mask, eager, flex, flex_blocks, masked_sdpa
 from mana_triton import MANA, MANAConfig, cross_frame_attention
-from mana_triton.batches import Batches, Graph
+from mana_triton.engine.feature_cache import Batches, Graph
+from mana_triton.engine.upscaler import Upscaler, window_numbers
 from mana_triton.kernels import reference
 from mana_triton.model import ResidualBlock
-from mana_triton.stream import Upscaler, window_numbers
-from mana_triton.yuv import Color, rgb_to_yuv
+from mana_triton.video.yuv import Color, rgb_to_yuv
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "tests/test_cross_frame_kernel.py",
-    "tests/test_small_kernels.py",
-    "tests/test_batches.py",
+    "tests/kernels/test_cross_frame_kernel.py",
+    "tests/kernels/test_small_kernels.py",
+    "tests/engine/test_batches.py",
 )
 SIZES = ((64, 112), (144, 180), (270, 480))
 FRAMES, CHANNELS, SIGMA, TOLERANCE = 7, 64, 4.0, 1e-3
@@ -148,7 +148,8 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 def run_tuning(deadline: float) -> list[dict]:
     """Tune every kernel at the main sizes; the entries that tuned.json now holds for them."""
-    from mana_triton.kernels import tune, tuning
+    from mana_triton.kernels import config as tuning
+    from mana_triton.kernels import tune
 
     cases = [
         tune.Case(kernel, CHANNELS, torch.bfloat16, *size)

@@ -74,8 +74,7 @@ from eval.datasets import (
     write_atomically,
 )
 from mana_triton.checkpoint import WEIGHTS, CheckpointError, named_weights
-from mana_triton.data import DEGRADATIONS, SCALE, DataError, Source, degrade
-from mana_triton.data import upscale_bicubic as bicubic
+from mana_triton.engine.upscaler import CutDetector, Picture, Upscaler
 from mana_triton.metrics import (
     FLOW_SMALLEST,
     LPIPS,
@@ -88,8 +87,9 @@ from mana_triton.metrics import (
     ssim,
     tof,
 )
-from mana_triton.real import compress
-from mana_triton.stream import CutDetector, Picture, Upscaler
+from mana_triton.training.clips import DEGRADATIONS, SCALE, DataError, Source, degrade
+from mana_triton.training.clips import upscale_bicubic as bicubic
+from mana_triton.training.degradation import compress
 
 ROOT = Path(__file__).resolve().parents[1]
 PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mana_triton import upscale
-from mana_triton.data import upscale_bicubic
-from mana_triton.video import open_reader
+from mana_triton.training.clips import upscale_bicubic
+from mana_triton.video.writer import open_reader
 
 DEMO = Path(__file__).parent / "demo.mp4"
 FRAME = 37

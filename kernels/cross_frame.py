@@ -42,8 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .tiles import (
+from . import config as tuning
+from .layout import (
     PAIR,
     TILE,
     block_at,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from . import config as tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale

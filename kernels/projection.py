@@ -27,7 +27,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from .tiles import TILE, block_origin, block_pixels, store_rows, tiles_in
+from .layout import TILE, block_origin, block_pixels, store_rows, tiles_in
 
 HEADS = (16, 32, 64, 128)  # supported D
 CHANNELS = (32, 64, 128, 256)  # supported C
@@ -114,7 +114,7 @@ def launch_config(d: int, dtype: torch.dtype, amd: bool = AMD) -> dict[str, Any]
     Constants, not tuned: the kernel's time is that of reading features and writing tiles once, and
     what a program does depends on no frame's size. M is as large as leaves the sums of all
     projections in the registers of eight warps: the folded weights, read again by every program,
-    then cost little beside the features. tests/test_compile_guard.py keeps them from spilling.
+    then cost little. tests/kernels/test_compile_guard.py keeps them from spilling.
     """
     if dtype == torch.float32:
         # in three tensor-core products; AMD's matrix units take it as it is

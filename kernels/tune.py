@@ -32,8 +32,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from . import reference, tuning
-from .compiled import Compiled, compile_job, jobs
+from . import config as tuning
+from . import reference
+from .inspect import Compiled, compile_job, jobs
 
 SHAPES = ((64, 112), (144, 180), (270, 480))  # low-resolution rows and columns
 FRAMES, ENTRIES, SIGMA = 7, 512, 4.0

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attention import cross_frame_attention, memory_attention
-    from .checkpoint import load
-    from .model import MANA, MANAConfig
-    from .stream import upscale
+    from mana_triton.attention import cross_frame_attention, memory_attention
+    from mana_triton.checkpoint import load
+    from mana_triton.engine.upscaler import upscale
+    from mana_triton.model import MANA, MANAConfig
 
 __all__ = [
     "MANA",
@@ -24,7 +24,7 @@ _HOME = {
     "cross_frame_attention": "attention",
     "load": "checkpoint",
     "memory_attention": "attention",
-    "upscale": "stream",
+    "upscale": "engine.upscaler",
 }
 
 

@@ -126,13 +126,13 @@ def cross_frame_attention(
         if return_visited and not torch.compiler.is_compiling():
             result = (*result[:3], result[3].item())
     elif name == "reference":
-        from .kernels import reference
+        from mana_triton.kernels import reference
 
         result = reference.cross_frame_attention(
             q, k, v, sigma, scale, gaussian=gaussian, offsets=offsets, first_row=first_row
         )
     else:
-        from .kernels import tiled
+        from mana_triton.kernels import tiled
 
         result = tiled.cross_frame_attention(
             q, k, v, sigma, scale,
@@ -167,7 +167,7 @@ def _attend(
     """
     options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
     if backend == "triton":
-        from .kernels import cross_frame
+        from mana_triton.kernels import cross_frame
 
         with torch.cuda.device_of(q):
             result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
@@ -190,10 +190,10 @@ def _visited(fraction: Tensor | float | None, like: Tensor) -> Tensor:
 def _in_pytorch(backend: str, options: dict, tolerance: float) -> tuple[Callable, dict]:
     """The function of a backend that autograd differentiates, and its options."""
     if backend == "reference":
-        from .kernels import reference
+        from mana_triton.kernels import reference
 
         return reference.cross_frame_attention, options
-    from .kernels import tiled
+    from mana_triton.kernels import tiled
 
     return tiled.cross_frame_attention, {**options, "tolerance": tolerance}
 
@@ -237,7 +237,7 @@ def _attend_backward(
     inputs = (q, k, v, sigma, scale)
     options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
     if backend == "triton":
-        from .kernels import cross_frame
+        from mana_triton.kernels import cross_frame
 
         result = cross_frame.Result(o, displacement, lse, plan)
         with torch.cuda.device_of(q):
@@ -299,11 +299,11 @@ def memory_attention(
     scale = _check_memory(q, memory, scale)
     name, _ = choose_backend(backend, q.device)
     if name == "triton":
-        from .kernels.memory import memory_attention as attend
+        from mana_triton.kernels.memory import memory_attention as attend
     elif name == "reference":
-        from .kernels.reference import memory_attention as attend
+        from mana_triton.kernels.reference import memory_attention as attend
     else:
-        from .kernels.tiled import memory_attention as attend
+        from mana_triton.kernels.tiled import memory_attention as attend
     return attend(q, memory, scale)
 
 
@@ -316,7 +316,7 @@ def memory_loss(
     """
     if choose_backend(backend, q.device)[0] != "triton":
         return F.l1_loss(memory_attention(q, memory, scale=scale, backend=backend), q)
-    from .kernels.memory import memory_loss as attend
+    from mana_triton.kernels.memory import memory_loss as attend
 
     return attend(q, memory, _check_memory(q, memory, scale))
 
@@ -358,7 +358,7 @@ def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
 
 
 def _check_triton(q: Tensor) -> None:
-    from .kernels.cross_frame import DTYPES, HEADS
+    from mana_triton.kernels.cross_frame import DTYPES, HEADS
 
     if q.shape[-1] not in HEADS or q.dtype not in DTYPES:
         raise ValueError(

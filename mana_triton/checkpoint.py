@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .model import MANA, MANAConfig
+from mana_triton.model import MANA, MANAConfig
 
 FORMAT = "mana_triton/1"
 WEIGHTS = Path(__file__).parent / "weights"

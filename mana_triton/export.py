@@ -6,7 +6,7 @@
 WEIGHTS is a shipped name or a file, --size the WIDTHxHEIGHT of the low-resolution frames. The graph
 has one input `frames` [batch, 7, 3, H, W] in [0, 1], float32, with any batch, and one output
 `enlarged` [batch, 3, 4H, 4W], which is not clamped: the center frame, four times larger. Whoever
-runs it makes the windows: mirrored at the ends, see `mana_triton.stream`.
+runs it makes the windows: mirrored at the ends, see `mana_triton.engine.upscaler`.
 
 What is exact. The attention of `tiled.py` chooses its windows from the data, which a fixed graph
 cannot. Here every square of 16 x 16 queries meets the keys up to a fixed
@@ -53,11 +53,11 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.export import Dim, ExportedProgram
 
-from .attention import TOLERANCE
-from .checkpoint import WEIGHTS, CheckpointError, load, named_weights
-from .kernels.tiled import _gaussian_outside
-from .model import MANA, SCALE
-from .progress import write_atomically
+from mana_triton.attention import TOLERANCE
+from mana_triton.checkpoint import WEIGHTS, CheckpointError, load, named_weights
+from mana_triton.kernels.tiled import _gaussian_outside
+from mana_triton.model import MANA, SCALE
+from mana_triton.training.progress import write_atomically
 
 OPSET = 18
 SUFFIXES = (".onnx", ".pt2")

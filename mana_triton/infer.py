@@ -22,7 +22,7 @@ Progress goes to stderr; the last line of stdout is one JSON object. Exit codes:
 or stopped (one line says why), 2 wrong usage.
 """
 
-from . import host
+from mana_triton import host
 
 host.tune()  # before torch is imported
 
@@ -52,16 +52,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import planner, preview, segments
-from .attention import BACKENDS
-from .checkpoint import CheckpointError, named_weights
-from .encoder import ENCODER_MEMORY
-from .frame import explained, reason
-from .images import SUFFIXES
-from .model import MANA, SCALE
-from .segments import Seen, Trail, frames_after, open_resumable
-from .stream import DTYPES, Upscaler, Waits, in_thread
-from .video import VIDEO_SUFFIXES, Frame, MediaError, Reader, VideoReader, open_reader
+from mana_triton.attention import BACKENDS
+from mana_triton.checkpoint import CheckpointError, named_weights
+from mana_triton.engine import plan as planner
+from mana_triton.engine.upscaler import DTYPES, Upscaler, Waits, in_thread
+from mana_triton.jobs import preview
+from mana_triton.jobs import resume as segments
+from mana_triton.jobs.resume import Seen, Trail, frames_after, open_resumable
+from mana_triton.model import MANA, SCALE
+from mana_triton.video.encoder import ENCODER_MEMORY
+from mana_triton.video.frame import explained, reason
+from mana_triton.video.images import SUFFIXES
+from mana_triton.video.writer import (
+    VIDEO_SUFFIXES,
+    Frame,
+    MediaError,
+    Reader,
+    VideoReader,
+    open_reader,
+)
 
 READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
@@ -371,7 +380,7 @@ def _enlarged(
 
 def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     """Bicubic enlargement and ours: [4H, 8W, 3]."""
-    from .data import upscale_bicubic
+    from mana_triton.training.clips import upscale_bicubic
 
     if lr.dtype == np.uint16:
         pixels = torch.from_numpy(lr).permute(2, 0, 1)[None].double().div_(65535)

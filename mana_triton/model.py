@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
+from mana_triton.attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
 
 SCALE = 4
 NORM_PIXELS = 1 << 15  # that are summed at once

@@ -29,13 +29,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mana_triton import checkpoint
 from mana_triton.attention import BACKENDS, choose_backend
 from mana_triton.checkpoint import CheckpointError
-from mana_triton.data import DEGRADATIONS, Clip, DataError, Sampler, open_clips
-from mana_triton.growth import GrowthError, grow
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.parallel import Processes
-from mana_triton.progress import Display, Log, StopSignal, write_atomically
-from mana_triton.real import VALIDATION, LowClip, open_low_clips, training_recipes
-from mana_triton.validation import Validation, attention_statistics
+from mana_triton.training.clips import DEGRADATIONS, Clip, DataError, Sampler, open_clips
+from mana_triton.training.degradation import VALIDATION, LowClip, open_low_clips, training_recipes
+from mana_triton.training.growth import GrowthError, grow
+from mana_triton.training.parallel import Processes
+from mana_triton.training.progress import Display, Log, StopSignal, write_atomically
+from mana_triton.training.validation import Validation, attention_statistics
 
 LOG_EVERY = 100
 

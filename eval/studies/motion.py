@@ -1,0 +1,219 @@
+"""PSNR against motion: neighbor frames shifted by 0 to 40 pixels, the paper's claim tested.
+
+    python eval/studies/motion.py --clips DATA/val --weights tiny=tiny none=B.safetensors
+
+cuts windows out of pictures (--stills) or of evenly spaced frames of clips: the six neighbors are
+the same scene shifted by a number of original pixels, each in another of six directions, by real
+content and not by warping. At 0 the neighbors are copies; beyond it they add samples between the
+pixels, for a network that finds them. Each network is also fed neighbors that optical flow (TV-L1
+of scikit-image, on the low-resolution frames) has warped onto the center frame, and the center
+frame seven times. The border that some shift leaves is never scored. The last line of stdout is one
+JSON object.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from einops import rearrange
+from rich.console import Console
+from rich.table import Table
+
+from eval.datasets import write_atomically
+from mana_triton import checkpoint
+from mana_triton.checkpoint import CheckpointError
+from mana_triton.metrics import psnr, rgb_to_y
+from mana_triton.training.clips import (
+    SCALE,
+    WINDOW,
+    DataError,
+    degrade,
+    open_clips,
+    upscale_bicubic,
+)
+
+SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels
+CENTER = WINDOW // 2
+ALONE, ALIGNED = ", center alone", ", aligned by flow"  # after a network's name
+LINES = {ALONE: ":", ALIGNED: "--"}  # of the plot
+
+
+def window(picture: np.ndarray, shift: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Seven crops [7, size, size, 3] of a picture; the neighbors' lie `shift` pixels away.
+
+    The six directions are evenly spread and begin anywhere; the center crop does not depend on
+    the shift.
+    """
+    H, W, _ = picture.shape
+    most = max(SHIFTS)
+    y, x = (int(rng.integers(most, n - size - most + 1)) for n in (H, W))
+    turn, order = rng.uniform(0, 2 * math.pi), rng.permutation(WINDOW - 1)
+    angles = turn + 2 * math.pi * order / (WINDOW - 1)
+    moves = np.round(shift * np.stack([np.sin(angles), np.cos(angles)], axis=1)).astype(int)
+    moves = np.insert(moves, CENTER, 0, axis=0)
+    return np.stack([picture[y + dy : y + dy + size, x + dx : x + dx + size] for dy, dx in moves])
+
+
+def aligned(lr: np.ndarray) -> np.ndarray:
+    """Frames [7, h, w, 3] uint8 warped onto the center one along their optical flow."""
+    from skimage.registration import optical_flow_tvl1
+    from skimage.transform import warp
+
+    luma = [rgb_to_y(frame).astype(np.float32) / 255 for frame in lr]
+    y, x = np.mgrid[: lr.shape[1], : lr.shape[2]].astype(np.float32)
+    result = lr.copy()
+    for t in range(WINDOW):
+        if t == CENTER:
+            continue
+        dy, dx = optical_flow_tvl1(luma[CENTER], luma[t])
+        for c in range(3):
+            moved = warp(lr[t, ..., c] / 255, np.stack([y + dy, x + dx]), order=3, mode="edge")
+            result[t, ..., c] = np.clip(np.round(255 * moved), 0, 255)
+    return result
+
+
+def pictures(args: argparse.Namespace) -> list[np.ndarray]:
+    """What windows are cut out of [H, W, 3]; of each clip as many frames."""
+    needed = args.size + 2 * max(SHIFTS)
+    kind = "still" if args.stills else "clip"
+    clips = open_clips(args.stills or args.clips, args.cache, kind=kind)
+    usable = [clip for clip in clips if min(clip.shape[1:3]) >= needed][: args.pictures]
+    if not usable:
+        raise DataError(
+            f"pictures must have at least {needed} pixels each way, none of {len(clips)} has; "
+            "lower --size"
+        )
+    each = args.pictures // len(usable)
+    return [
+        clip.frames[index]
+        for clip in usable
+        for T in [clip.shape[0]]
+        for index in np.linspace(0, T - 1, min(each, T)).round().astype(int)
+    ]
+
+
+def windows(frames: list[np.ndarray], args: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
+    """(shift, frames [7, size, size, 3]) of every picture; one place for all shifts."""
+    for number, frame in enumerate(frames):
+        for shift in SHIFTS:
+            rng = np.random.Generator(np.random.Philox(seed=[args.seed, number]))
+            yield shift, window(frame, shift, args.size, rng)
+
+
+def network(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Function of low-resolution frames [7, h, w, 3] to [4h, 4w, 3], both uint8."""
+    model = checkpoint.load(path)
+
+    @torch.no_grad()
+    def enlarge(lr: np.ndarray) -> np.ndarray:
+        frames = rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").float() / 255
+        x = model(frames)[0].mul(255).round().clamp(0, 255).byte()
+        return rearrange(x, "c h w -> h w c").numpy()
+
+    return enlarge
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """One row per method: mean PSNR in dB for each shift, over the pictures."""
+    frames = pictures(args)
+    networks = {name: network(path) for name, path in args.weights.items()}
+    scores: dict[str, dict[int, list[float]]] = {}
+    for shift, hr in windows(frames, args):
+        lr = degrade(torch.from_numpy(hr)).numpy()
+        given = {"": lr, ALONE: np.repeat(lr[CENTER : CENTER + 1], WINDOW, 0)}
+        if not args.no_flow:
+            given[ALIGNED] = aligned(lr)
+        results = {"bicubic": upscale_bicubic(torch.from_numpy(lr[CENTER].copy())).numpy()}
+        for name, enlarge in networks.items():
+            results |= {f"{name}{suffix}": enlarge(x) for suffix, x in given.items()}
+        for name, result in results.items():
+            row = scores.setdefault(name, {shift: [] for shift in SHIFTS})
+            row[shift].append(psnr(result, hr[CENTER], crop_border=args.border))
+    return [
+        {"method": name, "pictures": len(frames)}
+        | {"psnr_db": {str(shift): float(np.mean(values)) for shift, values in row.items()}}
+        for name, row in scores.items()
+    ]
+
+
+def show(rows: list[dict]) -> None:
+    table = Table("shift, original pixels", *map(str, SHIFTS), title="PSNR RGB, dB")
+    for row in rows:
+        table.add_row(row["method"], *(f"{row['psnr_db'][str(shift)]:.2f}" for shift in SHIFTS))
+    Console(width=140).print(table)
+
+
+def plot(rows: list[dict]) -> bytes:
+    """PSNR against the shift, as SVG."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colors: dict[str, str] = {}  # one for a network, whatever it is given
+    for row in rows:
+        name, _, _ = row["method"].partition(", ")
+        line = LINES.get(row["method"].removeprefix(name), "-")
+        color = colors.setdefault(name, f"C{len(colors)}")
+        values = list(row["psnr_db"].values())
+        axes.plot(SHIFTS, values, line, marker="o", ms=3, color=color, label=row["method"])
+    axes.set(xlabel="shift of the neighbors, original pixels", ylabel="PSNR RGB, dB")
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    content = BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, path = text.rpartition("=")
+    return name or Path(path).stem, Path(path)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; wrong usage exits with code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--stills", type=Path, nargs="+", metavar="PATH", help="pictures")
+    source.add_argument("--clips", type=Path, nargs="+", metavar="PATH", help="videos, or frames")
+    add("--weights", type=_named, nargs="+", required=True, metavar="NAME=FILE", help="networks")
+    add("--pictures", type=int, default=20, help="how many of them, at most (20)")
+    add("--size", type=int, default=192, help="original pixels of a window's side (192)")
+    add("--border", type=int, default=40, help="pixels that are not scored (40, the largest shift)")
+    add("--seed", type=int, default=0, help="of places and directions (0)")
+    add("--no-flow", action="store_true", help="leave out the alignment by flow, which is slow")
+    add("--cache", type=Path, default=Path("cache/motion"), help="decoded pictures (cache/motion)")
+    add("--plot", type=Path, help="SVG of the curves; needs matplotlib")
+    args = parser.parse_args(argv)
+    if args.size % SCALE or args.size <= 2 * args.border or args.pictures < 1:
+        parser.error("--size must be a multiple of 4 above twice --border, --pictures at least 1")
+    args.weights = dict(args.weights)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse_args()
+    try:
+        rows = measure(args)
+        if args.plot:
+            write_atomically(args.plot, plot(rows))
+    except (DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    show(rows)
+    print(json.dumps({"rows": rows, "size": args.size, "border": args.border, "seed": args.seed}))
+
+
+if __name__ == "__main__":
+    main()
