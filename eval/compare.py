@@ -39,7 +39,7 @@ from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
 from mana_triton.checkpoint import named_weights
 from mana_triton.engine.upscaler import DTYPES, TOLERANCE, Upscaler
 from mana_triton.kernels import reference
-from mana_triton.model import SCALE
+from mana_triton.resize import SCALE
 from mana_triton.video.writer import open_reader, open_writer
 
 PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0, "note": "code path, type unpublished"}

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.datasets import Footage, incomplete, plain
-from mana_triton.training.clips import SCALE
+from mana_triton.resize import SCALE
 
 if TYPE_CHECKING:
     from eval.run import Unit

@@ -87,8 +87,9 @@ from mana_triton.metrics import (
     ssim,
     tof,
 )
-from mana_triton.training.clips import DEGRADATIONS, SCALE, DataError, Source, degrade
-from mana_triton.training.clips import upscale_bicubic as bicubic
+from mana_triton.resize import SCALE
+from mana_triton.resize import upscale_bicubic as bicubic
+from mana_triton.training.clips import DEGRADATIONS, DataError, Source, degrade
 from mana_triton.training.degradation import compress
 
 ROOT = Path(__file__).resolve().parents[1]

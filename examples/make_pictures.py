@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mana_triton import upscale
-from mana_triton.training.clips import upscale_bicubic
+from mana_triton.resize import upscale_bicubic
 from mana_triton.video.writer import open_reader
 
 DEMO = Path(__file__).parent / "demo.mp4"

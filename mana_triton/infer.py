@@ -59,7 +59,8 @@ from mana_triton.engine.upscaler import DTYPES, Upscaler, Waits, in_thread
 from mana_triton.jobs import preview
 from mana_triton.jobs import resume as segments
 from mana_triton.jobs.resume import Seen, Trail, frames_after, open_resumable
-from mana_triton.model import MANA, SCALE
+from mana_triton.model import MANA
+from mana_triton.resize import SCALE
 from mana_triton.video.encoder import ENCODER_MEMORY
 from mana_triton.video.frame import explained, reason
 from mana_triton.video.images import SUFFIXES
@@ -380,7 +381,7 @@ def _enlarged(
 
 def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
     """Bicubic enlargement and ours: [4H, 8W, 3]."""
-    from mana_triton.training.clips import upscale_bicubic
+    from mana_triton.resize import upscale_bicubic
 
     if lr.dtype == np.uint16:
         pixels = torch.from_numpy(lr).permute(2, 0, 1)[None].double().div_(65535)

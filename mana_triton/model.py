@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mana_triton.attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
+from mana_triton.resize import SCALE
 
-SCALE = 4
 NORM_PIXELS = 1 << 15  # that are summed at once
 MATCHES = ("dot", "cosine")
 

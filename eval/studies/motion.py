@@ -30,13 +30,12 @@ from eval.datasets import write_atomically
 from mana_triton import checkpoint
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.metrics import psnr, rgb_to_y
+from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.training.clips import (
-    SCALE,
     WINDOW,
     DataError,
     degrade,
     open_clips,
-    upscale_bicubic,
 )
 
 SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels

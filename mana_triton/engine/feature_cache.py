@@ -22,12 +22,11 @@ from einops import rearrange
 from torch import Tensor
 
 from mana_triton.attention import TOLERANCE
-from mana_triton.model import MANA, SCALE
+from mana_triton.model import MANA
+from mana_triton.resize import MAX_VALUE, SCALE
 
 # what is made of a picture [4H, 4W, 3] where it lies, such as the planes of a video
 Finish = Callable[[Tensor], Sequence[Tensor]]
-
-WHITE = {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}
 
 
 class Graph:
@@ -164,7 +163,7 @@ class Batches:
         _put(places % self.ring, target)
 
     def _encode_given(self) -> None:
-        lr = self._given.float() / WHITE[self._given.dtype]
+        lr = self._given.float() / MAX_VALUE[self._given.dtype]
         # channels last, as it lies
         pixels = rearrange(lr.to(self._kept["f"].dtype), "n h w c -> n c h w")
         rows = self._tiles_of(pixels) if self.tiles else self._rows_of(pixels)
@@ -205,7 +204,7 @@ class Batches:
         lr = rearrange(self._lr[centers], "n h w c -> n c h w")
         large = self.model.decode(z).float() + self.model.skip(lr)
         large = rearrange(large, "n c h w -> n h w c").clamp_(0, 1)
-        if (white := WHITE[self._out.dtype]) > 1:
+        if (white := MAX_VALUE[self._out.dtype]) > 1:
             large = large.mul_(white).round_()
         self._out.copy_(large)
 

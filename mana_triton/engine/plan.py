@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mana_triton.model import SCALE, MANAConfig
+from mana_triton.model import MANAConfig
+from mana_triton.resize import SCALE
 
 TILE_BYTES = 256 << 20  # activations of the decoder that are alive at once, if there is room
 BATCH_BYTES = 1 << 30  # the same of a batch: one frame of this size fills a GPU

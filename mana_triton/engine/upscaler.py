@@ -40,10 +40,11 @@ from torch import Tensor
 from mana_triton.attention import choose_backend
 from mana_triton.checkpoint import load
 from mana_triton.engine import plan as planner
-from mana_triton.engine.feature_cache import WHITE, Batches, Finish, Results
+from mana_triton.engine.feature_cache import Batches, Finish, Results
 from mana_triton.engine.plan import Plan
 from mana_triton.kernels.tiled import certified_radius
-from mana_triton.model import MANA, SCALE, Features
+from mana_triton.model import MANA, Features
+from mana_triton.resize import MAX_VALUE, SCALE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 0.03  # of the attention's certificate: on real clips below 0.001 of a step of 8 bits
@@ -586,12 +587,12 @@ class Upscaler:
         height, width = center.lr.shape[2:]
         like = center.frame
         white = None if isinstance(like, Tensor) else np.iinfo(like.dtype).max
-        kind = next(kind for kind, value in WHITE.items() if value == (white or 1))
+        kind = next(kind for kind, value in MAX_VALUE.items() if value == (white or 1))
         return torch.empty(SCALE * height, SCALE * width, 3, dtype=kind)
 
     def _decode(self, out: Tensor, z: Tensor, lr: Tensor, wanted: slice, tile: int) -> None:
         """Decode some rows of z [1, C, h, W] and lr [1, 3, h, W], tile by tile, into out."""
-        width, white = z.shape[3], WHITE[out.dtype]
+        width, white = z.shape[3], MAX_VALUE[out.dtype]
         halo = self.model.receptive_field
         for first, last in _spans(wanted.stop - wanted.start, tile):
             y0, y1 = wanted.start + first, wanted.start + last
@@ -674,7 +675,7 @@ def _pixels(frame: Picture) -> Tensor:
 
 def _in_unit(pixels: Tensor) -> Tensor:
     """[H, W, 3] -> [3, H, W] float32 in [0, 1]."""
-    return rearrange(pixels, "h w c -> c h w").float().div(WHITE[pixels.dtype])
+    return rearrange(pixels, "h w c -> c h w").float().div(MAX_VALUE[pixels.dtype])
 
 
 def _pictures(frames: list[_Given], results: Results) -> Iterator[Any]:

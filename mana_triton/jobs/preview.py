@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mana_triton.engine.upscaler import Upscaler
 from mana_triton.jobs.resume import Trail
-from mana_triton.model import SCALE
-from mana_triton.training.clips import upscale_bicubic
+from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.video.color import with_bits
 from mana_triton.video.frame import MediaError, explained, hidden, sync
 from mana_triton.video.reader import Reader

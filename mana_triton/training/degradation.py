@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mana_triton.resize import SCALE
 from mana_triton.training.clips import (
-    SCALE,
     WINDOW,
     Clip,
     DataError,

@@ -19,7 +19,8 @@ from mana_triton.attention import cross_frame_attention
 from mana_triton.engine.upscaler import window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA
-from mana_triton.training.clips import SCALE, WINDOW, Clip, degrade, upscale_bicubic
+from mana_triton.resize import SCALE, upscale_bicubic
+from mana_triton.training.clips import WINDOW, Clip, degrade
 from mana_triton.training.degradation import LowClip
 
 PSNR_CAP = 100.0  # dB, for frames that are reproduced exactly

@@ -23,7 +23,7 @@ from mana_triton import checkpoint
 from mana_triton.checkpoint import CheckpointError, load, save
 from mana_triton.metrics import psnr
 from mana_triton.model import MANAConfig
-from mana_triton.training.clips import matlab_bicubic, upscale_bicubic
+from mana_triton.resize import matlab_bicubic, upscale_bicubic
 
 CONFIG = MANAConfig(
     channels=8, encoder_blocks=1, decoder_blocks=2, memory_slots=3, match="cosine", offsets=True

@@ -31,7 +31,8 @@ from eval import datasets, report, run
 from mana_triton import checkpoint, metrics
 from mana_triton.engine.upscaler import upscale
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.training.clips import DataError, degrade, upscale_bicubic
+from mana_triton.resize import upscale_bicubic
+from mana_triton.training.clips import DataError, degrade
 from mana_triton.training.degradation import compress
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mana_triton.resize import upscale_bicubic
 from mana_triton.training import clips as data
-from mana_triton.training.clips import DataError, Sampler, degrade, open_clips, upscale_bicubic
+from mana_triton.training.clips import DataError, Sampler, degrade, open_clips
 from mana_triton.training.degradation import LowClip, Recipe
 
 FIXTURE = Path(__file__).parents[3] / "shared" / "data" / "metrics" / "matlab_imresize_x4.npz"

@@ -20,6 +20,7 @@ import torch
 from mana_triton import checkpoint, train
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA, MANAConfig
+from mana_triton.resize import upscale_bicubic
 from mana_triton.train import Trainer, TrainingError, parse_args
 from mana_triton.training import clips as data
 from mana_triton.training.degradation import Recipe
@@ -561,7 +562,7 @@ def test_validation_scores_whole_frames(cache):
     expected = {"psnr_db": [], "center_only_psnr_db": [], "bicubic_psnr_db": []}
     for t, before in ((0, 3), (6, 3), (11, 8)):  # mirrored at the beginning
         first = lr[before]
-        enlarged = data.upscale_bicubic(torch.from_numpy(lr[t])).numpy()
+        enlarged = upscale_bicubic(torch.from_numpy(lr[t])).numpy()
         for name, picture in (
             ("psnr_db", first.repeat(4, 0).repeat(4, 1)),
             ("center_only_psnr_db", lr[t].repeat(4, 0).repeat(4, 1)),
