@@ -40,7 +40,8 @@ from mana_triton.checkpoint import named_weights
 from mana_triton.engine.upscaler import DTYPES, TOLERANCE, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.resize import SCALE
-from mana_triton.video.writer import open_reader, open_writer
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0, "note": "code path, type unpublished"}
 SMALL_SIZES = ((16, 28), (32, 56), SIZE)  # low-resolution rows and columns

@@ -30,7 +30,8 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from mana_triton.metrics import flow
 from mana_triton.training.clips import VIDEOS, WINDOW, DataError, Source, find_sources
-from mana_triton.video.writer import MediaError, VideoReader
+from mana_triton.video.frame import MediaError
+from mana_triton.video.reader import VideoReader
 
 ORIGINALS = frozenset({"gt", "hr", "truth", "original", "target"})
 SHRUNK = frozenset({"lr", "lrx4", "x4", "input", "input4", "bix4", "bdx4", "blur4"})

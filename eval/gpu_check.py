@@ -48,7 +48,7 @@ from mana_triton.engine.feature_cache import Batches, Graph
 from mana_triton.engine.upscaler import Upscaler, window_numbers
 from mana_triton.kernels import reference
 from mana_triton.model import ResidualBlock
-from mana_triton.video.yuv import Color, rgb_to_yuv
+from mana_triton.video.color import Color, rgb_to_yuv
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (

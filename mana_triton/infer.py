@@ -56,24 +56,17 @@ from mana_triton.attention import BACKENDS
 from mana_triton.checkpoint import CheckpointError, named_weights
 from mana_triton.engine import plan as planner
 from mana_triton.engine.upscaler import DTYPES, Upscaler, Waits, in_thread
+from mana_triton.files import PICTURES, WRITABLE_VIDEOS
 from mana_triton.jobs import preview
 from mana_triton.jobs import resume as segments
 from mana_triton.jobs.resume import Seen, Trail, frames_after, open_resumable
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE
 from mana_triton.video.encoder import ENCODER_MEMORY, EncodeOptions
-from mana_triton.video.frame import explained, reason
-from mana_triton.video.images import SUFFIXES
-from mana_triton.video.writer import (
-    VIDEO_SUFFIXES,
-    Frame,
-    MediaError,
-    Reader,
-    VideoReader,
-    open_reader,
-)
+from mana_triton.video.frame import Frame, MediaError, explained, reason
+from mana_triton.video.reader import Reader, VideoReader, open_reader
 
-READABLE = (*VIDEO_SUFFIXES, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
+READABLE = (*WRITABLE_VIDEOS, ".gif", ".flv", ".wmv", ".mpg", ".mpeg", ".m2ts", ".3gp", ".ogv")
 
 CENTURY = 3.2e9  # seconds; what a time of a video may be at most
 AHEAD = 64 << 20  # bytes of enlarged frames that wait for the encoder
@@ -422,7 +415,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if not videos:
         return [(source, args.output or _default_output(source, args.codec))]
     folder = args.output or source
-    if folder.suffix.lower() in VIDEO_SUFFIXES or folder.is_file():
+    if folder.suffix.lower() in WRITABLE_VIDEOS or folder.is_file():
         raise MediaError(f"{folder}: must be a folder, as {source} holds {len(videos)} videos")
     if left := [video.name for video in _videos_in(source) if video not in videos]:
         console.print(f"note: taken for results and left alone: {', '.join(left)}", markup=False)
@@ -457,7 +450,7 @@ def _default_output(source: Path, codec: str) -> Path:
     # Matroska holds every codec and every kind of sound
     webm = ("libvpx-vp9", "libvpx", "libaom-av1", "libsvtav1")
     kept = (
-        source.suffix.lower() in VIDEO_SUFFIXES
+        source.suffix.lower() in WRITABLE_VIDEOS
         and source.suffix.lower() != ".avi"
         and (source.suffix.lower() != ".webm" or codec in webm)
     )
@@ -468,7 +461,7 @@ def choose_weights(args: argparse.Namespace) -> tuple[str, str]:
     """Name or file of the weights, and why."""
     if args.model:
         return args.model, "as -n says"
-    if args.input.suffix.lower() in SUFFIXES or (args.input.is_dir() and not _videos_of(args)):
+    if args.input.suffix.lower() in PICTURES or (args.input.is_dir() and not _videos_of(args)):
         return "tiny", "the default for pictures"
     return "tiny-real", "the default for video files, trained on compressed video; -n chooses"
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mana_triton.engine.upscaler import Upscaler
+from mana_triton.files import write_atomically
 from mana_triton.jobs.resume import Trail
 from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.video.color import with_bits
-from mana_triton.video.frame import MediaError, explained, hidden, sync
+from mana_triton.video.frame import MediaError, explained
 from mana_triton.video.reader import Reader
 
 CROPS = 3
@@ -96,11 +97,5 @@ def sheet(lr: np.ndarray, enlarged: np.ndarray) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG that has its name only when it is complete."""
-    part = hidden(path)
-    try:
-        with explained(path, "write"):
-            picture.save(part)
-            sync(part)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with explained(path, "write"):
+        write_atomically(path, picture.save)

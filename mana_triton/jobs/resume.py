@@ -50,10 +50,11 @@ import av
 import numpy as np
 
 from mana_triton.engine.upscaler import CutDetector
+from mana_triton.files import sync
 from mana_triton.video.encoder import EncodeOptions, Pixels, VideoEncoder
-from mana_triton.video.frame import Frame, MediaError, explained, reason, sync
+from mana_triton.video.frame import Frame, MediaError, Notes, explained, reason
 from mana_triton.video.reader import Reader
-from mana_triton.video.writer import ImageFolderWriter, VideoWriter, check_picture
+from mana_triton.video.writer import ImageFolderWriter, VideoWriter, check_pixels
 
 FORMAT = 2
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
@@ -454,7 +455,7 @@ class _Resumable:
     _seen: Seen
 
     def __init__(self, path: str | Path, reader: Reader, width: int, height: int):
-        self.path, self.notes = Path(path), []
+        self.path, self.notes = Path(path), Notes()
         self.suffix = self.path.suffix.lower()
         self.width, self.height, self._reader = width, height, reader
         self._input = input_identity(reader)
@@ -559,7 +560,7 @@ class ResumableVideo(_Resumable):
 
     def write(self, picture: Pixels, frame: Frame, seen: Seen) -> None:
         """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
-        check_picture(picture, self.width, self.height)
+        check_pixels(picture, self.width, self.height)
         with explained(self.path, "write"):
             is_cut = seen.context[-1][1]
             if self._encoder and self._is_due(is_cut):

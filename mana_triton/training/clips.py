@@ -163,7 +163,8 @@ def _read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames of the first video stream, [H, W, 3] uint8 RGB."""
     from av.error import FFmpegError
 
-    from mana_triton.video.reader import MediaError, open_container
+    from mana_triton.video.container import open_container
+    from mana_triton.video.frame import MediaError
 
     try:
         with open_container(path) as container:

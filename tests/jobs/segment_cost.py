@@ -28,7 +28,8 @@ from mana_triton import infer
 from mana_triton.engine.upscaler import Upscaler
 from mana_triton.jobs.resume import LENGTH
 from mana_triton.model import MANA, MANAConfig
-from mana_triton.video.writer import open_reader, open_writer
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 COUNT, SIZE = 4 * LENGTH + 2, (48, 28)
 OTHERS = (

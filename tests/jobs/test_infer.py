@@ -29,7 +29,7 @@ from mana_triton.jobs import preview
 from mana_triton.jobs.resume import open_resumable
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.video import color
-from mana_triton.video.writer import open_reader
+from mana_triton.video.reader import open_reader
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MANAConfig(
