@@ -10,7 +10,6 @@ are kept; what the container cannot hold is named. Interlaced video is deinterla
     python -m mana_triton.infer holiday.mp4 -o big.mkv --codec libx265 --crf 20 -e preset=slow
     python -m mana_triton.infer frames/ -o clip.mp4 --start 2 --end 10
     python -m mana_triton.infer holiday.mp4 --preview 120     # one PNG, before hours of work
-    python -m mana_triton.infer holiday.mp4 --benchmark       # time per stage, nothing is written
 
 A long job can be stopped (Ctrl-C, kill, a crash, a full disk): finished segments lie in
 <output>.parts, and the same command continues there. The result is the same as that of a run that
@@ -28,17 +27,15 @@ host.tune()  # before torch is imported
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +82,11 @@ PASSING = (
     "overwrite",
     "restart",
     "preview",
-    "benchmark",
     "model",
     "backend",
     "tile",
     "memory_budget",
 )
-# methods that --benchmark times, and what they do
-STAGES = {"read": "decode video", "encode": "features", "fuse": "attention", "decode": "decoder"}
 
 console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -137,11 +131,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--restart", action="store_true", help="throw the unfinished work of an earlier run away")
     help_segment = "frames, at least, of a part that survives a stop (default: %(default)s)"
     add("--segment", type=_frames, default=segments.LENGTH, metavar="N", help=help_segment)
-    only = parser.add_mutually_exclusive_group()
     help_preview = "write one PNG: frame N (from 0, after --start), bicubic | ours, with details"
-    only.add_argument("--preview", type=_number, metavar="N", help=help_preview)
-    help_benchmark = "decode and compute without writing; print the time per stage"
-    only.add_argument("--benchmark", action="store_true", help=help_benchmark)
+    add("--preview", type=_number, metavar="N", help=help_preview)
     args = parser.parse_args(argv)
     if args.start is not None and args.end is not None and args.start >= args.end:
         parser.error(f"--end must come after --start, got {args.start} and {args.end}")
@@ -427,7 +418,7 @@ def plan(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if left := [video.name for video in _videos_in(source) if video not in videos]:
         console.print(f"note: taken for results and left alone: {', '.join(left)}", markup=False)
     jobs = [(video, folder / _default_output(video, args.codec).name) for video in videos]
-    if args.output and not args.benchmark:
+    if args.output:
         folder.mkdir(parents=True, exist_ok=True)
     return jobs
 
@@ -513,7 +504,7 @@ def _streams_share(args: argparse.Namespace) -> int | None:
 def _work(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
     if args.preview is not None:
         return _preview(source, output, upscaler, args)
-    return (_benchmark if args.benchmark else enlarge)(source, output, upscaler, args)
+    return enlarge(source, output, upscaler, args)
 
 
 def _run_folder(
@@ -529,11 +520,10 @@ def _run_folder(
     for source, output in jobs:
         name, wanted = escape(source.name), results[source]
         try:
-            if not args.benchmark:
-                _check_name(source, results)
+            _check_name(source, results)
             with explained(wanted, "write"):
                 is_there = wanted.exists()
-            if is_there and not args.overwrite and not args.benchmark:
+            if is_there and not args.overwrite:
                 if args.preview is None:
                     segments.sweep(output)
                 before.append(str(wanted))
@@ -546,7 +536,7 @@ def _run_folder(
             table.add_row(name, "[red]failed[/], see above", "", "")
         else:
             row = done[-1]
-            result = escape(Path(row["output"]).name) if row["output"] else "timed"
+            result = escape(Path(row["output"]).name)
             table.add_row(name, result, str(row["frames"]), str(row["ms_per_frame"]))
     console.print(table)
     total = {key: sum(result[key] for result in done) for key in ("frames", "seconds")}
@@ -604,61 +594,6 @@ def _preview(source: Path, output: Path, upscaler: Upscaler, args: argparse.Name
 
 def _preview_path(output: Path, number: int) -> Path:
     return output.with_name(f"{output.stem}_preview_{number}.png")
-
-
-def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Namespace) -> dict:
-    """Decode and compute as for `output`, write nothing, and time the stages."""
-    clock = _Clock(upscaler.device)
-    model = copy.copy(upscaler.model)
-    for stage in ("encode", "fuse", "decode"):
-        setattr(model, stage, clock.timed(stage, getattr(model, stage)))
-    timed = copy.copy(upscaler)
-    timed.model = model
-    began = time.perf_counter()
-    with _open(source, args) as reader:
-        _plan(source, reader, upscaler)
-        console.print(f"{source} -> nothing is written", markup=False)
-        _describe(reader, upscaler, args)
-        frames = iter(reader)
-        read = clock.timed("read", lambda: next(frames, None))
-        with contextlib.closing(in_thread(iter(read, None))) as decoded:
-            results = timed.stream(frame.rgb for frame in decoded)
-            with contextlib.closing(_with_progress(results, reader.frame_count)) as enlarged:
-                count = sum(1 for _ in enlarged)
-        _show_notes(reader.notes)
-        size = {"width": SCALE * reader.width, "height": SCALE * reader.height}
-        division = _division(reader, upscaler)
-    seconds = time.perf_counter() - began
-    stages = {name: round(1000 * clock.seconds[stage] / count, 2) for stage, name in STAGES.items()}
-    table = Table("stage", "ms a frame", title="busy time, summed over threads")
-    for name, ms in stages.items():
-        table.add_row(name, f"{ms:.2f}")
-    table.add_row("all, on the clock", f"{1000 * seconds / count:.2f}")
-    console.print(table)
-    return {
-        "output": None, "frames": count, **size, "seconds": round(seconds, 3),
-        "ms_per_frame": round(1000 * seconds / count, 2), "stages_ms": stages, **division,
-    }  # fmt: skip
-
-
-class _Clock:
-    """Adds up how long functions take, also when they run in several threads."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._device, self._lock = device, threading.Lock()
-
-    def timed(self, stage: str, function: Callable) -> Callable:
-        def run(*args, **kwargs):
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            with self._lock:
-                self.seconds[stage] += time.perf_counter() - began
-            return result
-
-        return run
 
 
 def _peak_mib() -> float | None:

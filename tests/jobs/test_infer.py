@@ -426,7 +426,6 @@ def video_packets(path: Path) -> list[bytes]:
         (["x.mp4", "--device", "toaster"], "--device: invalid choice: 'toaster'"),
         (["x.mp4", "--segment", "0"], "--segment: must be 1 or more, got 0"),
         (["x.mp4", "--preview", "-1"], "--preview: must be 0 or more, got -1"),
-        (["x.mp4", "--preview", "1", "--benchmark"], "not allowed with argument --preview"),
         (["x.mp4", "--faster"], "unrecognized arguments: --faster"),
         (["x.mp4", "y.mp4"], "unrecognized arguments: y.mp4"),
     ],
@@ -790,19 +789,6 @@ def test_names_as_long_as_names_can_be(cli, tmp_path):
         assert line.endswith(": cannot write: the name is too long; choose a shorter one")
 
 
-def test_benchmark_writes_nothing(clip, cli, tmp_path):
-    code, summary, stderr = cli(clip, "--benchmark")
-    assert code == 0
-    assert summary.keys() >= KEYS
-    assert (summary["output"], summary["frames"]) == (None, 5)
-    stages = summary["stages_ms"]
-    assert set(stages) == set(infer.STAGES.values())
-    assert all(ms > 0 for ms in stages.values())
-    assert sum(stages.values()) < summary["workers"] * summary["ms_per_frame"] * 2
-    assert all(name in stderr for name in stages)
-    assert list(tmp_path.iterdir()) == [clip]
-
-
 # Ctrl-C
 
 
@@ -896,8 +882,6 @@ def test_ten_bits_another_stream_and_no_loss(cli, tmp_path):
         assert (reader.bits, reader.color.transfer) == (10, 16)
         assert next(iter(reader)).rgb.dtype == np.uint16
     assert media.packets(tmp_path / "out.mkv", "video", 1) == media.packets(flat, "video")
-    code, summary, _ = cli(both, "--stream", 1, "--benchmark")
-    assert (code, summary["frames"], summary["width"]) == (0, 3, 64)
     code, summary, _ = cli(both, "--stream", 1, "--preview", 1, "-o", tmp_path / "one.png")
     assert (code, summary["output"]) == (0, str(tmp_path / "one.png"))
     code, _, err = cli(both, "--stream", 7)
