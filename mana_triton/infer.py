@@ -25,12 +25,13 @@ from mana_triton.video.frame import MediaError, reason
 DESCRIPTION = "Enlarge a video, a folder of pictures or a folder of videos four times."
 EXAMPLES = """\
 examples:
-  infer film.mp4                              writes film_x4.mp4
+  infer film.mp4                       writes film_x4.mp4
   infer film.mp4 -o big.mkv --codec libx265 --crf 20 -e preset=slow
   infer frames/ -o clip.mp4 --start 2 --end 10
-  infer film.mp4 --preview 120                one frame as a PNG, to look at first
-A stopped job continues with the same command. Progress goes to stderr; the last
-line of stdout is JSON. Exit codes: 0 done, 1 failed or stopped, 2 wrong usage.
+  infer film.mp4 --preview 120         one frame as a PNG, to look at first
+
+A stopped job continues with the same command. Progress goes to stderr, the
+last line of stdout is JSON. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 LONGEST = 3.2e9  # seconds, a century: a longer time is a typing error
 

@@ -23,6 +23,7 @@ from mana_triton.infer import parse_options
 from mana_triton.jobs import folder as folders
 from mana_triton.jobs import job
 from mana_triton.resize import upscale_bicubic
+from mana_triton.video import images
 from mana_triton.video.reader import open_reader
 
 ROOT = Path(__file__).parents[2]
@@ -96,12 +97,12 @@ def test_compare_shows_matlab_bicubic_on_the_left(bits, weights, cli, tmp_path):
     """Of 16 bits it was another bicubic than of 8."""
     pictures = [media.smooth_rgb(9, 14, phase) for phase in range(3)]
     if bits == 16:
-        noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3))
+        noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3)).astype(np.uint16)
         pictures = [(picture.astype(np.uint16) << 8) + noise for picture in pictures]
     source = tmp_path / "in"
     source.mkdir()
     for number, picture in enumerate(pictures):
-        media_write_png(source / f"{number}.png", picture.astype(np.uint16 if bits > 8 else "u1"))
+        images.write_picture(source / f"{number}.png", picture)
     code, summary, _ = cli(source, "--compare")
     assert (code, summary["width"], summary["height"]) == (0, 2 * 56, 36)
     results = read_all(tmp_path / "in_x4")
@@ -111,12 +112,6 @@ def test_compare_shows_matlab_bicubic_on_the_left(bits, weights, cli, tmp_path):
         assert np.array_equal(result[:, 56:], ours)
     eight = upscale_bicubic(torch.from_numpy(media.smooth_rgb(9, 14))).numpy()
     assert np.abs(results[0][:, :56].astype(int) // (1 << bits - 8) - eight).max() <= 1
-
-
-def media_write_png(path: Path, rgb: np.ndarray) -> None:
-    from mana_triton.video import images
-
-    images.write_picture(path, rgb)
 
 
 def test_second_stream_of_ten_bits_without_loss(cli, tmp_path):
