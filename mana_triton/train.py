@@ -32,7 +32,6 @@ from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.training.clips import DEGRADATIONS, Clip, DataError, Sampler, open_clips
 from mana_triton.training.degradation import VALIDATION, LowClip, open_low_clips, training_recipes
-from mana_triton.training.growth import GrowthError, grow
 from mana_triton.training.parallel import Processes
 from mana_triton.training.progress import Display, Log, StopSignal, write_atomically
 from mana_triton.training.validation import Validation, attention_statistics
@@ -488,13 +487,10 @@ def _new_model(args: argparse.Namespace, config: MANAConfig) -> MANA:
     torch.manual_seed(args.seed)
     model = checkpoint.load(args.init_from) if args.init_from else MANA(config)
     if model.config != config:
-        try:
-            model = grow(model, config)
-        except GrowthError as error:
-            raise TrainingError(
-                f"{args.init_from} must hold a model of the preset {args.preset} or one that can "
-                f"grow into it: {error}; change --preset"
-            ) from error
+        raise TrainingError(
+            f"--init-from must hold a model of --preset {args.preset} ({config}), "
+            f"{args.init_from} is another ({model.config}); change --preset"
+        )
     model.backend = args.backend
     return model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -559,8 +555,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--preset", choices=("tiny", "small", "paper", "official"), default="tiny", help="model")
-    add("--init-from", type=Path, metavar="NAME|FILE", help="weights to start from; a smaller"
-        " network's grow into a larger one with the same function")  # fmt: skip
+    add("--init-from", type=Path, metavar="NAME|FILE", help="weights to start from")
     for stage, (iterations, rate) in enumerate([(90000, 1e-4), (30000, 1e-4), (30000, 1e-5)], 1):
         add(f"--stage{stage}", type=int, default=iterations, help=f"iterations of stage {stage}")
         flag = "--lr" if stage == 1 else f"--lr{stage}"
