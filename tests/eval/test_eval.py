@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_data import write_video
+from footage import write_video
 from torch import nn
 
 from eval import datasets, report, run
