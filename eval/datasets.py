@@ -28,8 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from mana_triton.files import VIDEOS
 from mana_triton.metrics import flow
-from mana_triton.training.clips import VIDEOS, WINDOW, DataError, Source, find_sources
+from mana_triton.training.clips import WINDOW, DataError, Source, find_sources
 from mana_triton.video.writer import MediaError, VideoReader
 
 ORIGINALS = frozenset({"gt", "hr", "truth", "original", "target"})

@@ -89,8 +89,8 @@ from mana_triton.metrics import (
 )
 from mana_triton.resize import SCALE
 from mana_triton.resize import upscale_bicubic as bicubic
-from mana_triton.training.clips import DEGRADATIONS, DataError, Source, degrade
-from mana_triton.training.degradation import compress
+from mana_triton.training.clips import DataError, Source
+from mana_triton.training.degradation import DEGRADATIONS, compress, degrade
 
 ROOT = Path(__file__).resolve().parents[1]
 PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"
