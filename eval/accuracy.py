@@ -31,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from einops import rearrange
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from eval import bench
-from eval.datasets import arrange, console
+from eval.datasets import console, find_clips
+from eval.timing import Row, show
 from mana_triton import MANA, export, load
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.engine.upscaler import Upscaler, window_numbers
@@ -50,7 +49,6 @@ FRAMES = 3
 BAND = 128 << 20  # bytes of the reference's logits at once
 TILE = 32  # of the path in tiles: small, so that there are many seams
 
-Row = dict[str, Any]
 Run = Callable[[Tensor], Tensor]  # [T, 3, H, W] -> [T, 3, 4H, 4W], both in [0, 1]
 
 
@@ -84,7 +82,7 @@ def demo(frames: int = FRAMES) -> list[Clip]:
 
 def clips_in(folder: Path, frames: int) -> Iterator[Clip]:
     """The first frames of every clip below a folder, one clip at a time."""
-    for source in arrange(folder):
+    for source in find_clips(folder):
         yield clip_of(source.name, np.stack(list(islice(source.frames(), frames))))
 
 
@@ -205,24 +203,11 @@ def missed(rows: list[Row]) -> list[str]:
     return [row["what"] for row in rows if row["gate"] == "missed"]
 
 
-def show(rows: list[Row], title: str) -> None:
-    """The table, on stdout."""
-    table = Table("", "type", "PSNR to reference, dB", "PSNR moved, dB", "gate", "", title=title)
-    for row in rows:
-        close, moved = row.get("psnr_db"), row.get("moved_db")
-        table.add_row(
-            row["what"], row["dtype"],
-            "" if close is None else f"{close:.1f}", "" if moved is None else f"{moved:+.4f}",
-            row["gate"] or "", row.get("note", ""),
-        )  # fmt: skip
-    Console(width=140).print(table)
-
-
 def gate(clips: Iterable[Clip], weights: str, device: torch.device, title: str) -> list[Row]:
     """Check and show all paths with these weights."""
     model = load(weights).to(device)
     rows = check(clips, model, paths(model, device))
-    show(rows, f"Accuracy: {title}, {weights}, against the float32 reference")
+    show(rows, f"Accuracy: {title}, {weights}", "against the float32 reference")
     return rows
 
 
