@@ -61,7 +61,7 @@ from mana_triton.jobs import resume as segments
 from mana_triton.jobs.resume import Seen, Trail, frames_after, open_resumable
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE
-from mana_triton.video.encoder import ENCODER_MEMORY
+from mana_triton.video.encoder import ENCODER_MEMORY, EncodeOptions
 from mana_triton.video.frame import explained, reason
 from mana_triton.video.images import SUFFIXES
 from mana_triton.video.writer import (
@@ -204,8 +204,8 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
         width, height = SCALE * reader.width, SCALE * reader.height
         sides = 2 if args.compare else 1
         settings = {
-            "codec": args.codec, "crf": args.crf, "options": dict(args.options),
-            "lossless": args.lossless, "overwrite": args.overwrite, "restart": args.restart,
+            "encode": EncodeOptions(args.codec, args.crf, tuple(args.options), args.lossless),
+            "overwrite": args.overwrite, "restart": args.restart,
             "length": args.segment, "job": _job(reader, upscaler, args),
         }  # fmt: skip
         writer = open_resumable(output, reader, sides * width, height, **settings)

@@ -44,16 +44,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import av
 import numpy as np
 
 from mana_triton.engine.upscaler import CutDetector
-from mana_triton.video.encoder import Picture, VideoEncoder
+from mana_triton.video.encoder import EncodeOptions, Pixels, VideoEncoder
 from mana_triton.video.frame import Frame, MediaError, explained, reason, sync
-from mana_triton.video.reader import ImageFolderReader, Reader
-from mana_triton.video.writer import ImageFolderWriter, VideoWriter, _Writer
+from mana_triton.video.reader import Reader
+from mana_triton.video.writer import ImageFolderWriter, VideoWriter, check_picture
 
 FORMAT = 2
 LENGTH = 250  # frames of a segment at least, and from key frame to key frame in x264 and x265
@@ -171,7 +171,7 @@ def input_identity(reader: Reader) -> dict[str, Any]:
     file: a film that was encoded again differs in all of them. Changes within an uncompressed
     file that spare the pieces are given away by the time.
     """
-    files = reader.files if isinstance(reader, ImageFolderReader) else [reader.path]
+    files = reader.files
     digest = hashlib.sha256()
     size = modified = 0
     for file in files:
@@ -446,7 +446,7 @@ def _file_hash(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-class _Resumable(_Writer):
+class _Resumable:
     """What both kinds of resumable writer share."""
 
     _parts: Parts
@@ -454,8 +454,27 @@ class _Resumable(_Writer):
     _seen: Seen
 
     def __init__(self, path: str | Path, reader: Reader, width: int, height: int):
-        super().__init__(path, reader, width, height)
+        self.path, self.notes = Path(path), []
+        self.suffix = self.path.suffix.lower()
+        self.width, self.height, self._reader = width, height, reader
         self._input = input_identity(reader)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def close(self) -> None:
+        """Finish the output and give it its name."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Keep what is finished; nothing to do after close."""
+        raise NotImplementedError
 
     def _check_input(self) -> None:
         """Changed if the pictures may be those of another file than the sound."""
@@ -516,10 +535,10 @@ class ResumableVideo(_Resumable):
         restart: bool = False,
         overwrite: bool = False,
         length: int = LENGTH,
-        **encoding: Any,
+        encode: EncodeOptions = EncodeOptions(),
     ):
         super().__init__(path, reader, width, height)
-        self._overwrite, self._length, self._encoding = overwrite, length, encoding
+        self._overwrite, self._length, self._encode = overwrite, length, encode
         with tempfile.TemporaryDirectory(prefix="mana_triton-") as folder:
             trial = self._new_writer(Path(folder))  # what cannot be written is said before the work
             trial.abort()
@@ -535,12 +554,12 @@ class ResumableVideo(_Resumable):
         part = folder / f"joined{self.suffix}"
         size = self.width, self.height
         return VideoWriter(
-            self.path, self._reader, *size, overwrite=self._overwrite, part=part, **self._encoding
+            self.path, self._reader, *size, self._encode, overwrite=self._overwrite, part=part
         )
 
-    def write(self, picture: Picture, frame: Frame, seen: Seen) -> None:
+    def write(self, picture: Pixels, frame: Frame, seen: Seen) -> None:
         """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
-        self._check(picture)
+        check_picture(picture, self.width, self.height)
         with explained(self.path, "write"):
             is_cut = seen.context[-1][1]
             if self._encoder and self._is_due(is_cut):
@@ -563,7 +582,7 @@ class ResumableVideo(_Resumable):
         self._file = (self._parts.path / f"{len(self._parts.segments):06d}.packets").open("wb")
         self._since_key, size = 0, (self.width, self.height)
         self._encoder = VideoEncoder(
-            self.path, self._reader, *size, self._container, after=self._tick, **self._encoding
+            self.path, self._reader, *size, self._container, self._encode, after=self._tick
         )
 
     def _keep(self, packets: list[Any]) -> None:
@@ -701,7 +720,8 @@ def open_resumable(
         sweep(Path(path))
     if Path(path).suffix:
         return ResumableVideo(path, reader, width, height, **settings)
-    if settings.pop("options", None) or settings.pop("lossless", False):
+    encode = settings.get("encode", EncodeOptions())
+    if encode.options or encode.lossless:
         raise MediaError(f"{path}: a folder of PNG files takes no encoder options")
     kept = ("job", "restart", "overwrite", "length")
     settings = {key: value for key, value in settings.items() if key in kept}

@@ -47,7 +47,9 @@ class Plain:
     def __init__(self, path: Path, reader: Any, *size: int, **settings: Any):
         self.length = settings.pop("length")
         del settings["job"], settings["restart"]
-        self._writer = open_writer(path, reader, *size, **settings)
+        encode, overwrite = settings["encode"], settings["overwrite"]
+        width, height = size
+        self._writer = open_writer(path, reader, width, height, encode, overwrite=overwrite)
         self.notes = self._writer.notes
 
     def write(self, rgb: Any, frame: Any, seen: Any) -> None:

@@ -45,6 +45,7 @@ from mana_triton.jobs.resume import (
 )
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.video import images
+from mana_triton.video.encoder import EncodeOptions
 from mana_triton.video.writer import (
     Frame,
     MediaError,
@@ -56,7 +57,7 @@ from mana_triton.video.writer import (
 pytestmark = pytest.mark.skipif(not hasattr(faults.os, "fork"), reason="needs fork")
 
 ENCODER = ("-e", "preset=veryfast")  # with B frames, which leave the encoder in another order
-VERYFAST = {"preset": "veryfast"}
+VERYFAST = EncodeOptions(options=(("preset", "veryfast"),))
 SEGMENT = ("--segment", "6")
 COUNT, STARTS = 26, (0, 11, 15)
 
@@ -279,7 +280,7 @@ def test_an_older_output_is_not_taken_for_the_finished_one(
     output = tmp_path / name
     put_older(output)
     settings: dict[str, Any] = {"job": {}, "length": 6, "overwrite": True}
-    settings |= {"options": VERYFAST} if output.suffix else {}
+    settings |= {"encode": VERYFAST} if output.suffix else {}
     complete, replace = Parts.complete, Path.replace
 
     def stopped(parts, name) -> None:
@@ -672,7 +673,7 @@ def test_an_input_that_changes_meanwhile_is_refused(name, when, clip, tmp_path, 
         other.replace(source)
 
     def opened(reader) -> Any:
-        encoding = {"options": VERYFAST} if output.suffix else {}
+        encoding = {"encode": VERYFAST} if output.suffix else {}
         size = reader.width, reader.height
         return open_resumable(output, reader, *size, job={}, length=6, **encoding)
 
@@ -991,7 +992,7 @@ def test_warnings_of_an_earlier_run_are_kept(weights, runner, tmp_path):
 @pytest.mark.parametrize("name", ["out.mp4", "out"])
 def test_notes_of_an_earlier_run_are_kept(name, clip, tmp_path):
     """What was said once, of a frame that the second run does not see."""
-    encoding: dict[str, Any] = {"options": VERYFAST} if name == "out.mp4" else {}
+    encoding: dict[str, Any] = {"encode": VERYFAST} if name == "out.mp4" else {}
     with open_reader(clip) as reader:
         size = reader.width, reader.height
         writer = open_resumable(tmp_path / name, reader, *size, job={}, length=6, **encoding)
@@ -1078,7 +1079,7 @@ def test_x264_is_repeatable(clip, weights):
         frames = list(reader)[:6]
         for _ in range(40):
             container = av.open(str(clip.with_name("none.mp4")), "w")  # never written
-            encoder = VideoEncoder(Path("out.mp4"), reader, 160, 96, container, options=VERYFAST)
+            encoder = VideoEncoder(Path("out.mp4"), reader, 160, 96, container, VERYFAST)
             packets = []
             for frame in frames:
                 packets += encoder.encode(frame.rgb.repeat(4, 0).repeat(4, 1), frame)
