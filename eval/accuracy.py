@@ -41,7 +41,8 @@ from mana_triton.checkpoint import CheckpointError
 from mana_triton.engine.upscaler import Upscaler, window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.resize import SCALE
-from mana_triton.training.clips import DataError, degrade
+from mana_triton.training.clips import DataError
+from mana_triton.training.degradation import degrade
 
 LEAST = {"fp32": 80.0, "bf16": 50.0, "fp16": 50.0}  # dB between the outputs
 MOST = 0.02  # dB by which the PSNR against the originals may move

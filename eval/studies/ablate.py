@@ -31,6 +31,8 @@ from mana_triton import checkpoint, train
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.training.clips import DataError
+from mana_triton.training.progress import TrainingError
+from mana_triton.training.trainer import Trainer
 
 TINY = MANAConfig.preset("tiny")
 GROUPS: dict[str, dict[str, MANAConfig]] = {
@@ -120,7 +122,7 @@ def measure(
     else:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(first, start)
-    train.train(train.parse_args(flags(args, config, seed, out)), config)
+    Trainer(train.options_of(flags(args, config, seed, out)), config).run()
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(entries) if "psnr_db" in entry)
     return {
@@ -216,7 +218,7 @@ def main() -> None:
             for variant, config in GROUPS[group].items():
                 rows += [measure(group, variant, config, seed, args) for seed in args.seeds]
                 (args.out / "ablation.md").write_text(markdown(rows, args))
-    except (DataError, CheckpointError, train.TrainingError, OSError) as error:
+    except (DataError, CheckpointError, TrainingError, OSError) as error:
         sys.exit(f"error: {error}")
     print((args.out / "ablation.md").read_text())
     print(json.dumps({"rows": rows}))

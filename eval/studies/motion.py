@@ -34,9 +34,9 @@ from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.training.clips import (
     WINDOW,
     DataError,
-    degrade,
     open_clips,
 )
+from mana_triton.training.degradation import degrade
 
 SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels
 CENTER = WINDOW // 2
