@@ -25,8 +25,10 @@ from eval.timing import Roofline, Row, extra_mib, find_roofline, measure, summar
 from mana_triton import MANA, MANAConfig, cross_frame_attention, load
 from mana_triton.attention import TOLERANCE
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import DTYPES, Upscaler
+from mana_triton.engine.upscaler import TOLERANCE as STREAM_TOLERANCE
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
+from mana_triton.model import PRECISIONS
 from mana_triton.resize import SCALE
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.mp4"
@@ -54,7 +56,7 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision]
+        return PRECISIONS[self.precision]
 
 
 # ---- the attention by itself
@@ -101,7 +103,7 @@ def _same_tiles(inputs: list[Tensor]):
         q, k, v, sigma, scale,
         gaussian="bias", offsets=False, tolerance=TOLERANCE[q.dtype], first_row=0,
     )  # fmt: skip
-    return baselines.block_mask(result.halo, *q.shape[1:3])
+    return baselines.block_mask(result.window_radius, *q.shape[1:3])
 
 
 def attention_inputs(size: tuple[int, int], dtype: torch.dtype, device: torch.device):
@@ -253,18 +255,20 @@ def frame_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     One streamed frame at a time is the latency, as many as the plan takes are the throughput.
     """
     model, size = network(preset), frames.shape[1:3]
-    options = {"device": on.device, "precision": on.precision, "scene_cuts": False}
-    one, several = Upscaler(model, workers=1, batch=0, **options), Upscaler(model, **options)
+    options = EngineOptions(on.device, on.precision, scene_cuts=False)
+    one, several = Upscaler(model, replace(options, batch=1, workers=1)), Upscaler(model, options)
     window = window_of(frames).to(on.device)
     variants: dict[str, Callable] = {}
     if size[0] * size[1] <= SIZE[0] * SIZE[1]:  # larger ones need many GB for the dense tables
         for name in dict.fromkeys(("fp32", on.precision)):  # the official code has float32
-            naive = naive_network(model.config, on.device, DTYPES[name])
-            variants[f"naive, {name}"] = partial(naive_frame, naive, window.to(DTYPES[name]))
-        variants["ours, 7 encodes"] = lambda: one.model(window.to(on.dtype))
+            naive = naive_network(model.config, on.device, PRECISIONS[name])
+            variants[f"naive, {name}"] = partial(naive_frame, naive, window.to(PRECISIONS[name]))
+        variants["ours, 7 encodes"] = lambda: one.model(
+            window.to(on.dtype), backend=one.backend, tolerance=STREAM_TOLERANCE
+        )
     stream = one.stream(itertools.cycle(frames))
     variants["ours, latency"] = lambda: next(stream)
-    plan = several.plan_for(*size)
+    plan = several.plan(*size)
     together = max(plan.batch, plan.workers)
     if together > 1:
         streams = several.stream(itertools.cycle(frames))
@@ -314,15 +318,20 @@ def flops(config: MANAConfig, size: tuple[int, int], density: float) -> dict[str
 @torch.inference_mode()
 def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     """The stages of a frame with all features encoded: encode, fuse (both attentions), decode."""
-    options = {"device": on.device, "precision": on.precision}
-    model, size = Upscaler(network(preset), **options).model, frames.shape[1:3]
+    upscaler = Upscaler(network(preset), EngineOptions(on.device, on.precision))
+    model, size = upscaler.model, frames.shape[1:3]
+    attention = {"backend": upscaler.backend, "tolerance": STREAM_TOLERANCE}
     x = window_of(frames)[0].to(on.device, on.dtype)
     center = slice(len(x) // 2, len(x) // 2 + 1)
     f, k, v, *norm = model.encode(x)
     f, *norm = (y[center] for y in (f, *norm))
     q, k, v = model.queries(f, *norm), k[None], v[None]
-    z = model.fuse(f, q, k, v)
-    density = model_density(model, q, k, v)
+    z = model.fuse(f, q, k, v, **attention)
+    match = torch.nn.functional.normalize(q, dim=-1) if model.config.match == "cosine" else q
+    density = cross_frame_attention(
+        match, k, v, model.sigma,
+        gaussian=model.config.gaussian, scale=model.scale, return_visited=True, **attention,
+    )[1]  # fmt: skip
 
     def encode() -> None:
         features = model.encode(x[center])
@@ -330,7 +339,7 @@ def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
 
     stages = {
         "encode": encode,
-        "fuse": lambda: model.fuse(f, q, k, v),
+        "fuse": lambda: model.fuse(f, q, k, v, **attention),
         "decode": lambda: model.decode(z) + model.skip(x[center]),
     }
     work = flops(model.config, size, density)
@@ -344,15 +353,6 @@ def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     return rows
 
 
-def model_density(model: MANA, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Fraction of the (query, key) pairs that the attention of a window visits."""
-    q = torch.nn.functional.normalize(q, dim=-1) if model.config.match == "cosine" else q
-    return cross_frame_attention(
-        q, k, v, model.sigma, gaussian=model.config.gaussian, scale=model.scale,
-        tolerance=model.tolerance, backend=model.backend, return_visited=True,
-    )[1]  # fmt: skip
-
-
 # ---- all tables
 
 
@@ -360,7 +360,7 @@ def tables(
     device: torch.device, precision: str, backend: str, full: bool
 ) -> Iterator[tuple[str, str, list[Row]]]:
     """Title, caption and rows of each table, as soon as it is measured."""
-    roofline, rows = find_roofline(device, DTYPES[precision])
+    roofline, rows = find_roofline(device, PRECISIONS[precision])
     yield "Roofline of this device", precision, [{"part": "roofline", **row} for row in rows]
     on = Device(device, precision, roofline, seconds=60.0 if full else SECONDS)
 

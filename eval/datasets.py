@@ -31,7 +31,7 @@ from mana_triton.files import is_video, natural_key, write_atomically
 from mana_triton.metrics import flow
 from mana_triton.training.clips import WINDOW, DataError, Source, find_sources
 from mana_triton.video.frame import MediaError
-from mana_triton.video.writer import open_reader
+from mana_triton.video.reader import open_reader
 
 ORIGINALS = frozenset({"gt", "hr", "truth", "original", "target"})
 LOW_RESOLUTION = frozenset({"lr", "lrx4", "x4", "input", "input4", "bix4", "bdx4", "blur4"})

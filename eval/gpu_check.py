@@ -33,16 +33,12 @@ from torch import Tensor
 from eval import bench
 from eval.timing import Row, find_roofline, measure, show, summarize
 from mana_triton.engine.feature_cache import Graph
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.files import write_atomically
 from mana_triton.model import MANA, ResidualBlock
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = (
-    "tests/kernels/test_cross_frame_kernel.py",
-    "tests/kernels/test_small_kernels.py",
-    "tests/engine/test_batches.py",
-)
+TESTS = ("tests/kernels", "tests/engine")
 ATTENTION_SIZES = ((64, 112), (144, 180), (270, 480))
 FRAME_SIZES = ((64, 112), (270, 480), (540, 960))
 # share of the time by which each part must start its last measurement
@@ -84,8 +80,8 @@ def run_tuning(deadline: float) -> list[dict]:
 
 def decoder_rows(preset: str, size: tuple[int, int], on: bench.Device) -> list[Row]:
     """Ways to run the decoder's convolutions, each as one CUDA graph: milliseconds per frame."""
-    upscaler = Upscaler(bench.network(preset), device=on.device, precision=on.precision)
-    model, batch = upscaler.model, max(upscaler.plan_for(*size).batch, 1)
+    upscaler = Upscaler(bench.network(preset), EngineOptions(on.device, on.precision))
+    model, batch = upscaler.model, max(upscaler.plan(*size).batch, 1)
     z = torch.randn(batch, model.config.channels, *size, device=on.device)
     z = z.to(on.dtype, memory_format=torch.channels_last)
     ways = {

@@ -9,7 +9,7 @@
 WEIGHTS is a shipped name or a file.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product, tee
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from eval.datasets import MIDDLE
 from mana_triton.checkpoint import WEIGHTS, named_weights
-from mana_triton.engine.upscaler import CutDetector, Upscaler
+from mana_triton.engine.scene_cuts import CutDetector
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.files import content_hash
 from mana_triton.resize import upscale_bicubic
 
@@ -45,7 +46,7 @@ def split(method: str) -> tuple[str, str]:
 def upscaler_of(weights: str, device: str, precision: str) -> Upscaler:
     """The upscaler with these weights; MethodError for a device or precision that is not there."""
     try:
-        return Upscaler(weights, device=device, precision=precision)
+        return Upscaler(weights, EngineOptions(device=device, precision=precision))
     except ValueError as error:
         raise MethodError(str(error)) from error
 
@@ -85,28 +86,19 @@ def enlarge(method: str, lr: Frames, scored: range, device: str, precision: str)
                 yield upscale_bicubic(torch.from_numpy(frame)).numpy()
         return
     upscaler = upscaler_of(weights, device, precision)
-    frames = upscaler.model.config.frames
     if kind == "center":
         for index, frame in enumerate(lr):
-            if index in scored:
-                yield _enlarge_window(upscaler, [frame] * frames)
+            if index in scored:  # in a clip of one frame, all neighbors are that frame
+                yield next(upscaler.stream([frame])).picture
     elif kind == "ensemble":
         yield from _enlarge_ensemble(upscaler, lr, scored)
-    elif scored == MIDDLE:  # a Vimeo-90K sequence is one window
-        yield _enlarge_window(upscaler, list(lr))
+    elif scored == MIDDLE:  # a Vimeo-90K sequence is one window, whatever happens in it
+        frames = list(lr)
+        yield next(upscaler.stream(frames, is_cut=lambda _: False, skip=MIDDLE[0])).picture
     else:
-        for index, frame in enumerate(upscaler.stream(lr)):
+        for index, enlarged in enumerate(upscaler.stream(lr)):
             if index in scored:
-                yield np.asarray(frame)
-
-
-@torch.inference_mode()
-def _enlarge_window(upscaler: Upscaler, frames: list[np.ndarray]) -> np.ndarray:
-    """Enlarge the middle one of seven frames."""
-    x = rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> 1 t c h w")
-    x = x.to(upscaler.device).float() / 255
-    out = upscaler.model(x.to(next(upscaler.model.parameters()).dtype))[0].float()
-    return _to_uint8(out.clamp(0, 1))
+                yield enlarged.picture
 
 
 def _enlarge_ensemble(upscaler: Upscaler, lr: Frames, scored: range) -> Frames:
@@ -118,28 +110,20 @@ def _enlarge_ensemble(upscaler: Upscaler, lr: Frames, scored: range) -> Frames:
     ]
     for index, results in enumerate(zip(*streams, strict=True)):
         if index in scored:
-            yield _to_uint8(torch.stack(results).mean(dim=0))
+            mean = torch.stack(results).mean(dim=0) * 255
+            yield rearrange(mean, "c h w -> h w c").round().byte().cpu().numpy()
 
 
 def _transformed_stream(
-    upscaler: Upscaler, frames: Iterable[Tensor], turns: int, mirrored: bool, cuts: bool
+    upscaler: Upscaler, frames: Iterator[Tensor], turns: int, mirrored: bool, cuts: bool
 ) -> Iterator[Tensor]:
     """Turn frames [3, H, W] in [0, 1], enlarge, turn back; cuts are found in unturned frames."""
 
-    def forward(x: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         x = torch.rot90(x, turns, (1, 2))
         return x.flip(2) if mirrored else x
 
-    def back(x: Tensor) -> Tensor:
-        return torch.rot90(x.flip(2) if mirrored else x, -turns, (1, 2))
-
     detector = CutDetector()
-    stream = upscaler.stream(
-        map(forward, frames), is_cut=lambda x: cuts and detector.is_cut(back(torch.as_tensor(x)))
-    )
-    return (back(torch.as_tensor(x)) for x in stream)
-
-
-def _to_uint8(frame: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> [H, W, 3] uint8."""
-    return rearrange(frame * 255, "c h w -> h w c").round().byte().cpu().numpy()
+    stream = upscaler.stream(frames, pixels=turned, is_cut=lambda x: cuts and detector.is_cut(x))
+    for _, x in stream:
+        yield torch.rot90(x.flip(2) if mirrored else x, -turns, (1, 2))

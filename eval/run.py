@@ -54,7 +54,8 @@ from mana_triton import host
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.files import content_hash, write_atomically
 from mana_triton.metrics import BackboneError, LPIPSUnavailable
-from mana_triton.training.clips import DEGRADATIONS, DataError
+from mana_triton.training.clips import DataError
+from mana_triton.training.degradation import DEGRADATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PADDING = "mirrored at the ends and at scene cuts, end frames not repeated (reflection)"

@@ -24,8 +24,8 @@ from eval.methods import Frames, enlarge
 from eval.units import MIDDLE_PICTURE, WORST_PICTURE, Size, Unit, check_size, hr_sizes, lr_sizes
 from mana_triton.files import write_atomically
 from mana_triton.metrics import LPIPS, flow, psnr, ssim, tof, warping_error
-from mana_triton.training.clips import DataError, Source, degrade
-from mana_triton.training.degradation import compress
+from mana_triton.training.clips import DataError, Source
+from mana_triton.training.degradation import compress, degrade
 
 Pair = tuple[np.ndarray, np.ndarray]  # original, enlarged
 

@@ -117,7 +117,8 @@ def measure(
         before = checkpoint.load(start).state_dict()
         if any(not torch.equal(before[name], x) for name, x in first.state_dict().items()):
             raise CheckpointError(
-                f"{start}: must hold this variant's first weights, it holds others; choose another --out"
+                f"{start} must hold this variant's first weights, it holds others; "
+                "choose another --out"
             )
     else:
         out.mkdir(parents=True, exist_ok=True)
