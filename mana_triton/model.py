@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mana_triton.attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
 from mana_triton.resize import SCALE
 
-NORM_PIXELS = 1 << 15  # that are summed at once
 MATCHES = ("dot", "cosine")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NORM_PIXELS = 1 << 15  # summed at once
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,6 @@ class MANA(nn.Module):
         c, d, t = config.channels, config.channels // 2, config.frames
         values = d + 2 if config.offsets else d
         self.config = config
-        self.backend = "auto"  # of the attentions
-        self.tolerance: float | None = None  # of the cross-frame attention
         self.conv_first = nn.Conv2d(3, c, 3, padding=1)
         self.encoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.encoder_blocks)))
         self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
@@ -148,19 +147,25 @@ class MANA(nn.Module):
         """Pixels of z on each side that an output pixel of `decode` depends on."""
         return 2 * self.config.decoder_blocks + 3
 
-    @property
-    def encoder_reach(self) -> int:
-        """Pixels of a frame on each side that a pixel of `extract` depends on."""
-        return 2 * self.config.encoder_blocks + 1
-
     def memory_parameters(self) -> list[nn.Parameter]:
         """The memory branch, what stage 2 of the training is about (section 3.4)."""
         return [self.memory, *self.w_z1.parameters()] if self.config.memory_slots else []
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Enlarge the center frame: frames [B, T, 3, H, W] in [0, 1] -> [B, 3, 4H, 4W].
+    def forward(
+        self, frames: Tensor, *, backend: str = "auto", tolerance: float | None = None
+    ) -> Tensor:
+        """Enlarge the center frame of each window.
 
-        The result is not clamped.
+        Args:
+            frames: [B, T, 3, H, W] in [0, 1].
+            backend: of both attentions, see `cross_frame_attention`.
+            tolerance: of the cross-frame attention, see there.
+
+        Returns:
+            [B, 3, 4H, 4W], not clamped.
+
+        Raises:
+            ValueError: another number of frames than the model's T.
         """
         b, t = frames.shape[:2]
         if t != self.config.frames:
@@ -168,15 +173,16 @@ class MANA(nn.Module):
         encoded = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
         f, k, v, scale, shift = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
         f, scale, shift = (x[:, t // 2] for x in (f, scale, shift))
-        z = self.fuse(f, self.queries(f, scale, shift), k, v)
+        q = self.queries(f, scale, shift)
+        z = self.fuse(f, q, k, v, backend=backend, tolerance=tolerance)
         return self.decode(z) + self.skip(frames[:, t // 2])
 
-    def memory_loss(self, frames: Tensor) -> Tensor:
+    def memory_loss(self, frames: Tensor, *, backend: str = "auto") -> Tensor:
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
         f = self.extract(center)
         q = self.queries(f, *self.normalization(f))
-        return memory_loss(q, self.memory.to(q.dtype), backend=self.backend)
+        return memory_loss(q, self.memory.to(q.dtype), backend=backend)
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
@@ -206,16 +212,11 @@ class MANA(nn.Module):
         square = rearrange(square, "n (g c) -> n g c", g=groups)
         center = mean.mean(2, keepdim=True)
         variance = (square + (mean - center).square()).mean(2, keepdim=True)
-        return self.affine(center[..., 0], variance[..., 0])
-
-    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift [N, C] of GroupNorm from the groups' mean and variance [N, groups]."""
-        norm = self.norm
-        each = norm.num_channels // norm.num_groups
-        deviation = (variance + norm.eps).sqrt()
-        mean, deviation = (x.repeat_interleave(each, 1) for x in (mean, deviation))
-        scale = norm.weight / deviation
-        return scale, norm.bias - mean * scale
+        deviation = (variance + self.norm.eps).sqrt()
+        each = self.norm.num_channels // groups
+        mean, deviation = (x[..., 0].repeat_interleave(each, 1) for x in (center, deviation))
+        scale = self.norm.weight / deviation
+        return scale, self.norm.bias - mean * scale
 
     def keys_values(self, f: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, of length one for cosine matching, and values of features, normalized on the way.
@@ -255,6 +256,9 @@ class MANA(nn.Module):
         v: Tensor,
         first_row: int = 0,
         order: list[int] | None = None,
+        *,
+        backend: str = "auto",
+        tolerance: float | None = None,
     ) -> Tensor:
         """What the decoder sees: z = F + W_z(concat_t x_t) + W_z1(y).
 
@@ -264,6 +268,7 @@ class MANA(nn.Module):
             k, v: [B, S, H, W, D] keys and values of the frames of the window.
             first_row: see f; the whole frame when 0 and h = H.
             order: which of the S frames stands at each of the T places; None when S = T.
+            backend, tolerance: as of `forward`.
 
         Returns:
             [B, C, h, W].
@@ -277,13 +282,13 @@ class MANA(nn.Module):
             self.sigma,
             gaussian=config.gaussian,
             scale=self.scale,
-            tolerance=self.tolerance,
+            tolerance=tolerance,
             offsets=config.offsets,
-            backend=self.backend,
+            backend=backend,
             first_row=first_row,
         )
         x, displacement = attended if config.offsets else (attended, None)
-        return self.combine(f, q, x, displacement, order)
+        return self.combine(f, q, x, displacement, order, backend=backend)
 
     def combine(
         self,
@@ -292,6 +297,8 @@ class MANA(nn.Module):
         x: Tensor,
         displacement: Tensor | None,
         order: list[int] | None = None,
+        *,
+        backend: str = "auto",
     ) -> Tensor:
         """`fuse` from what the S frames answered: x [B, S, h, W, D] and [B, S, h, W, 2], if any."""
         if displacement is not None:
@@ -300,7 +307,7 @@ class MANA(nn.Module):
             x = x[:, order]
         z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
         if self.config.memory_slots:
-            y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
+            y = memory_attention(q, self.memory.to(q.dtype), backend=backend)
             z = z + self.w_z1(rearrange(y, "b h w d -> b d h w"))
         return z
 

@@ -286,15 +286,15 @@ class VideoEncoder:
             os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
         return options
 
-    def encode(self, pixels: Pixels, frame: Frame) -> list[Timed]:
+    def encode(self, picture: Pixels, frame: Frame) -> list[Timed]:
         """Take one picture, RGB or its `planes`, at the time of `frame`; returns ready packets."""
         if frame.alpha is not None:
             self.notes.add("transparency is dropped; write a folder of PNG files to keep it")
         for tag in [tag for tag in frame.tags if tag != "resolution"]:  # of no use in a video
             self.notes.add(f"{tag} of pictures is left out; write a folder of PNG files to keep it")
-        if isinstance(pixels, np.ndarray):
-            pixels = [plane.numpy() for plane in self.planes(torch.from_numpy(pixels))]
-        video: Timed = colors.from_planes(pixels, self._format.name)
+        if isinstance(picture, np.ndarray):
+            picture = [plane.numpy() for plane in self.planes(torch.from_numpy(picture))]
+        video: Timed = colors.from_planes(picture, self._format.name)
         video.pts, video.duration = self._time_of(frame)
         video.time_base = self.time_base
         self._durations[video.pts] = video.duration

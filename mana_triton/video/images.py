@@ -83,8 +83,6 @@ def inspect_picture(file: Path, limits: bool) -> PictureInfo:
         width, height = image.size
         if limits:
             check_size(file, width, height)
-        if image.mode == "F":
-            raise OSError("its samples are floating-point numbers; convert it to 16 bits first")
         bits = 16 if _is_deep(image) else 8
         if _orientation(image) >= 5 and image.format != "TIFF":  # Pillow has turned TIFF
             width, height = height, width
@@ -221,6 +219,8 @@ def _split(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _is_deep(image: Image.Image) -> bool:
     """More than 8 bits per channel, which the mode alone does not tell."""
+    if image.mode == "F":
+        raise OSError("its samples are floating-point numbers; convert it to 16 bits first")
     # BMP has 16 bits for three channels; JPEG with several pictures is called MPO
     if not FORMATS.get(image.format or ""):
         return False

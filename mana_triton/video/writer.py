@@ -38,7 +38,7 @@ class Writer(Protocol):
     # None where only RGB is written
     planes: Callable[[Tensor], list[Tensor]] | None
 
-    def write(self, pixels: Pixels, frame: Frame) -> object:
+    def write(self, picture: Pixels, frame: Frame) -> object:
         """Write one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
         ...
 
@@ -129,14 +129,14 @@ class VideoWriter(Writer):
             self._remuxer = Remuxer(reader, self.path, self._container, encoder.stream, self.notes)
         self._container.start_encoding()
 
-    def write(self, pixels: Pixels, frame: Frame) -> None:
+    def write(self, picture: Pixels, frame: Frame) -> None:
         """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
-        check_pixels(pixels, *self._size)
+        check_pixels(picture, *self._size)
         self._has_frames = True
         with explained(self.path, "write"):
             if self._remuxer:
                 self._remuxer.until(frame.pts * frame.time_base)
-            for packet in self._encoder.encode(pixels, frame):
+            for packet in self._encoder.encode(picture, frame):
                 self._container.mux_one(packet)
 
     def put(self, packet: Timed) -> None:
@@ -233,9 +233,9 @@ class ImageFolderWriter(Writer):
             raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
         _check_free(path, self._reader.path, self._overwrite)
 
-    def write(self, pixels: Pixels, frame: Frame) -> Path:
+    def write(self, picture: Pixels, frame: Frame) -> Path:
         """Write one picture, [height, width, 3] RGB; returns its file, named after `frame`."""
-        rgb, alpha = np.asarray(pixels), frame.alpha
+        rgb, alpha = np.asarray(picture), frame.alpha
         check_pixels(rgb, *self._size)
         if alpha is not None:
             alpha = self._enlarged(alpha)
