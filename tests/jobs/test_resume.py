@@ -414,7 +414,6 @@ def animation(path: Path) -> Path:
         pytest.param(fields, "out.mkv", LOSSLESS, id="fields"),
         pytest.param(see_through, "out", [], id="16 bits and transparency"),
         pytest.param(lambda x: animation(x / "in.gif"), "out.mkv", LOSSLESS, id="gif"),
-        pytest.param(lambda x: animation(x / "in.webp"), "out", [], id="animated webp"),
         pytest.param(lambda x: clips.write_scenes(x / "in.mp4"), "out.mp4",
             ["--start", "0.3", "--end", "3"], id="a part of the input"),
     ],
