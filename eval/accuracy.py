@@ -16,7 +16,6 @@ the same table. The last line of stdout is one JSON object; the exit code is 1 i
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -39,7 +38,8 @@ from eval import bench
 from eval.datasets import arrange, console
 from mana_triton import MANA, export, load
 from mana_triton.checkpoint import CheckpointError
-from mana_triton.engine.upscaler import Upscaler, window_numbers
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
+from mana_triton.engine.window import window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.resize import SCALE
 from mana_triton.training.clips import DataError, degrade
@@ -96,8 +96,6 @@ def windows(length: int, frames: int) -> list[list[int]]:
 @torch.no_grad()
 def reference_frames(model: MANA, lr: Tensor) -> Tensor:
     """[T, 3, 4H, 4W] of a clip [T, 3, H, W]: dense attention in bands of rows, nothing else."""
-    model = copy.deepcopy(model)
-    model.backend = "reference"
     t, _, height, width = lr.shape
     rows = max(BAND // (4 * model.config.frames * height * width**2), 1)
     encoded = [model.encode(frame[None]) for frame in lr]
@@ -107,7 +105,7 @@ def reference_frames(model: MANA, lr: Tensor) -> Tensor:
         f, _, _, *norm = encoded[center]
         q = model.queries(f, *norm)
         z = [
-            model.fuse(f[:, :, y : y + rows], q[:, y : y + rows], k, v, first_row=y)
+            model.fuse(f[:, :, y : y + rows], q[:, y : y + rows], k, v, y, backend="reference")
             for y in range(0, height, rows)
         ]
         results.append(model.decode(torch.cat(z, 2)) + model.skip(lr[center : center + 1]))
@@ -119,10 +117,10 @@ def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
     plain = {"device": device, "precision": "fp32", "tile": 0, "workers": 1}
 
     def streamed(**changes: Any) -> Fast:
-        upscaler = Upscaler(model, scene_cuts=False, **plain | changes)
+        upscaler = Upscaler(model, EngineOptions(scene_cuts=False, **plain | changes))
         return Fast(
             upscaler.precision,
-            lambda lr: torch.stack([torch.as_tensor(x) for x in upscaler.stream(lr.cpu())]),
+            lambda lr: torch.stack([x.picture for x in upscaler.stream(lr.cpu())]),
         )
 
     gpu = {"fp32, tiled": streamed(backend="tiled")} if device.type == "cuda" else {}

@@ -40,9 +40,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mana_triton import MANA, MANAConfig, cross_frame_attention, host
-from mana_triton.engine.plan import Plan, predict
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton import MANA, MANAConfig, cross_frame_attention, runtime
+from mana_triton.engine.plan import Plan, estimate
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
@@ -196,7 +196,7 @@ def bench_model(threads: int) -> list[Row]:
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset("paper"))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
+    upscaler = Upscaler(model, EngineOptions(device="cpu", precision="fp32", scene_cuts=False))
     clip = demo_frames(SIZE, 20)
     window = window_of(clip[:7])
 
@@ -242,19 +242,15 @@ def bench_memory(threads: int) -> list[Row]:
     return rows
 
 
-# preset, height, width and plan, as workers, tile, band, rows and batch, whose peaks are measured
+# preset, height, width and plan, as tile, batch, workers and band, whose peaks are measured
 PLANS = (
-    ("tiny", 128, 224, (2, 0, 64, 0, 0)),
-    ("tiny", 180, 320, (1, 0, 64, 0, 0)),
-    ("tiny", 270, 480, (1, 64, 32, 0, 0)),
-    ("tiny", 270, 480, (1, 128, 64, 0, 0)),
-    ("tiny", 180, 320, (1, 64, 16, 32, 0)),
-    ("small", 128, 224, (1, 0, 64, 0, 0)),
-    ("small", 180, 320, (1, 48, 32, 0, 0)),
-    ("small", 96, 320, (1, 48, 16, 32, 0)),
-    ("tiny", 128, 224, (1, 0, 64, 0, 3)),
-    ("tiny", 128, 224, (1, 0, 64, 0, 7)),
-    ("small", 96, 128, (1, 0, 64, 0, 4)),
+    ("tiny", 128, 224, (0, 1, 2, 64)),
+    ("tiny", 180, 320, (0, 1, 1, 64)),
+    ("tiny", 270, 480, (64, 1, 1, 32)),
+    ("tiny", 270, 480, (128, 1, 1, 64)),
+    ("small", 128, 224, (0, 1, 1, 64)),
+    ("small", 180, 320, (48, 1, 1, 32)),
+    ("tiny", 128, 224, (0, 3, 1, 64)),
 )
 
 
@@ -262,13 +258,13 @@ def bench_plan(threads: int) -> list[Row]:
     """Peak memory that the planner predicts for a stream, and what it takes."""
     rows: list[Row] = []
     for preset, height, width, plan in PLANS:
-        predicted = predict(MANAConfig.preset(preset), 4, height, width, Plan(*plan)) / 2**20
+        predicted = estimate(MANAConfig.preset(preset), 4, height, width, Plan(*plan)) / 2**20
         call = f"plan_peak({preset!r}, {height}, {width}, {plan})"
         measured = peak_of(call, threads)
         division = ", ".join(map(str, plan))
         rows.append(
             {
-                "what": f"{preset}, {width}x{height}, workers, tile, band, rows, batch {division}",
+                "what": f"{preset}, {width}x{height}, tile, batch, workers, band {division}",
                 "predicted_mib": predicted,
                 "extra_mib": measured,
                 "predicted_share": predicted / measured,
@@ -277,16 +273,16 @@ def bench_plan(threads: int) -> list[Row]:
     return rows
 
 
-def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int, int]) -> float:
+def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int]) -> float:
     """MiB that a stream of nine frames takes at its peak beyond what the process held before."""
-    host.tune()
+    runtime.configure_process()
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset(preset))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
+    upscaler = Upscaler(model, EngineOptions(device="cpu", precision="fp32", scene_cuts=False))
     list(upscaler.stream(demo_frames((32, 40), 8)))  # what the first call alone takes
     clip = demo_frames((height, width), 9)
-    upscaler.plans[height, width] = Plan(*plan)
+    upscaler._plans[height, width] = Plan(*plan)
 
     def run() -> None:
         for _ in upscaler.stream(iter(clip)):

@@ -35,10 +35,11 @@ from eval.bench import (
     window_of,
     write_clip,
 )
-from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
+from mana_triton import MANA, MANAConfig, cross_frame_attention, load, runtime
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import DTYPES, TOLERANCE, Upscaler
+from mana_triton.engine.upscaler import TOLERANCE, EngineOptions, Upscaler
 from mana_triton.kernels import reference
+from mana_triton.model import PRECISIONS
 from mana_triton.resize import SCALE
 from mana_triton.video.writer import open_reader, open_writer
 
@@ -78,7 +79,7 @@ class Setting(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision]
+        return PRECISIONS[self.precision]
 
 
 class Measured(NamedTuple):
@@ -361,14 +362,13 @@ def naive_network(config: MANAConfig, device: torch.device, dtype: torch.dtype) 
     torch.manual_seed(0)
     config = replace(config, gaussian="gate", match="dot", offsets=False, logit_scale=1.0)
     model = MANA(config).eval().to(device, dtype)
-    model.backend = "reference"  # of the memory
     return model
 
 
 def naive_frame(model: MANA, window: Tensor) -> Tensor:
     """A frame as the official code makes it, from [1, 7, 3, H, W]: 7 encodes, dense attention."""
     with mock.patch("mana_triton.model.cross_frame_attention", _official):
-        return model(window)
+        return model(window, backend="reference")  # of the memory
 
 
 def compare_frame(
@@ -380,8 +380,7 @@ def compare_frame(
     """
     model, (device, precision, ceiling), dtype = _network(preset), setting, setting.dtype
     options = {"device": device, "precision": precision, "scene_cuts": False}
-    one, dense = (Upscaler(model, workers=1, **options) for _ in range(2))
-    dense.model.tolerance = 0.0  # every pair
+    one = Upscaler(model, EngineOptions(workers=1, **options))
     frames = demo_frames(size, 7)
     clip, window = frames[:4], window_of(frames).to(device, dtype)
     stream = one.stream(itertools.cycle(clip))
@@ -392,16 +391,16 @@ def compare_frame(
     if 2 * tables <= _free_bytes(device):
         # the official code is float32; in half precision the comparison is of the same type
         for name in dict.fromkeys(("fp32", precision)):
-            naive = naive_network(model.config, device, DTYPES[name])
+            naive = naive_network(model.config, device, PRECISIONS[name])
             variants[f"naive, {name}"] = functools.partial(
-                naive_frame, naive, window.to(DTYPES[name])
+                naive_frame, naive, window.to(PRECISIONS[name])
             )
             work[f"naive, {name}"] = 7, 1.0
     else:
         notes.append(_skipped("naive", f"its tables take {tables >> 30} GiB"))
     if size[0] * size[1] <= DENSE_PIXELS:
-        variants["ours, dense, 7 encodes"] = lambda: dense.model(window)
-        variants[f"ours, {one.backend}, 7 encodes"] = lambda: one.model(window)
+        variants["ours, dense, 7 encodes"] = lambda: one.model(window, tolerance=0.0)
+        variants[f"ours, {one.backend}, 7 encodes"] = lambda: one.model(window, tolerance=TOLERANCE)
         work["ours, dense, 7 encodes"], work[f"ours, {one.backend}, 7 encodes"] = (
             (7, 1.0), (7, visited),
         )  # fmt: skip
@@ -409,7 +408,7 @@ def compare_frame(
         notes.append(_skipped("ours, dense", "every pair takes minutes on a CPU"))
     for name in ("ours, streamed", "ours, streamed, again"):
         variants[name], work[name] = lambda: next(stream), (1, visited)
-    several, together = _several(Upscaler(model, **options), clip)
+    several, together = _several(Upscaler(model, EngineOptions(**options)), clip)
     variants |= several
     work |= dict.fromkeys(several, (1, visited))
     with torch.inference_mode():
@@ -437,7 +436,7 @@ def _skipped(what: str, why: str) -> Row:
 
 def _several(upscaler: Upscaler, clip: np.ndarray) -> tuple[dict[str, Callable], int]:
     """Several frames of a stream at once, and how many; nothing where one fills the device."""
-    plan = upscaler.plan_for(*clip.shape[1:3])
+    plan = upscaler.plan(*clip.shape[1:3])
     if plan.batch > 1:  # a GPU's graphs are made once for a stream
         stream = upscaler.stream(itertools.cycle(clip))
         name = f"ours, {plan.batch} in a batch"
@@ -452,9 +451,8 @@ def compare_stages(
 ) -> tuple[list[Row], float]:
     """Where the time of a streamed frame goes; and the fraction of the pairs that is visited."""
     device, precision, ceiling = setting
-    upscaler = Upscaler(
-        _network(preset), device=device, precision=precision, scene_cuts=False, workers=1
-    )
+    options = EngineOptions(device=device, precision=precision, scene_cuts=False, workers=1)
+    upscaler = Upscaler(_network(preset), options)
     model = upscaler.model
     marks: list[tuple] = []
     shares: list[float] = []
@@ -547,13 +545,13 @@ def compare(
     """Title, caption and rows of each table of `run.py --bench`, as soon as it is measured."""
     progress, began = Console(stderr=True, highlight=False), time.perf_counter()
     if device.type == "cpu":
-        host.tune()  # as the command does
-    ceiling, rows = find_ceiling(device, DTYPES[precision])
+        runtime.configure_process()  # as the command does
+    ceiling, rows = find_ceiling(device, PRECISIONS[precision])
     setting = Setting(device, precision, ceiling)
     rows = [{"part": "ceiling", "dtype": precision, **row} for row in rows]
     yield "Ceilings of this device", f"fastest of 20, {precision}; floors are at these", rows
     patience = 3 if full else 1
-    backend = Upscaler("tiny", device=device, precision=precision).backend
+    backend = Upscaler("tiny", EngineOptions(device=device, precision=precision)).backend
 
     def labeled(rows: list[Row], part: str, size: tuple[int, int], **more: Any) -> list[Row]:
         shape = {"width": SCALE * size[1], "height": SCALE * size[0]}
@@ -561,7 +559,7 @@ def compare(
 
     progress.print("measuring the attention")
     rows = compare_attention(SIZE, backend, setting, patience * SECONDS["attention"])
-    tolerance = mana_triton.attention.TOLERANCE[DTYPES[precision]]
+    tolerance = mana_triton.attention.TOLERANCE[PRECISIONS[precision]]
     conditions = {"content": "normal random q, k, v", "tolerance": tolerance}
     yield (
         f"Attention at {SIZE[0]}x{SIZE[1]}, T=7, D=64, sigma=4",

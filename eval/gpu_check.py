@@ -44,8 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.baselines import augmented_sdpa, block_mask, eager, flex, flex_blocks, masked_sdpa
 from mana_triton import MANA, MANAConfig, cross_frame_attention
-from mana_triton.engine.feature_cache import Batches, Graph
-from mana_triton.engine.upscaler import Upscaler, window_numbers
+from mana_triton.engine.feature_cache import FeatureCache, Graph
+from mana_triton.engine.plan import Plan
+from mana_triton.engine.upscaler import TOLERANCE as STREAM_TOLERANCE
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
+from mana_triton.engine.window import window_numbers
 from mana_triton.kernels import reference
 from mana_triton.model import ResidualBlock
 from mana_triton.video.yuv import Color, rgb_to_yuv
@@ -54,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/kernels/test_cross_frame_kernel.py",
     "tests/kernels/test_small_kernels.py",
-    "tests/engine/test_batches.py",
+    "tests/engine/test_feature_cache.py",
 )
 SIZES = ((64, 112), (144, 180), (270, 480))
 FRAMES, CHANNELS, SIGMA, TOLERANCE = 7, 64, 4.0, 1e-3
@@ -259,16 +262,18 @@ def model_row(
     """What a stream of pictures takes with untrained weights: latency, throughput, floor."""
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset(preset))
-    upscaler = Upscaler(model, device=DEVICE, scene_cuts=False)
-    plan = upscaler.plan_for(height, width)
+    upscaler = Upscaler(model, EngineOptions(device=DEVICE, scene_cuts=False))
+    plan = upscaler.plan(height, width)
     pictures = np.random.default_rng(0).integers(0, 256, (16, height, width, 3), np.uint8)
-    one = latency(upscaler.model, pictures)
+    one = latency(upscaler, pictures)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stream = upscaler.stream(
         (pictures[n % len(pictures)] for n in itertools.count()),
-        finish=partial(rgb_to_yuv, bits=8, color=Color(), full_range=False, chroma_block=(2, 2)),
+        postprocess=partial(
+            rgb_to_yuv, bits=8, color=Color(), full_range=False, chroma_block=(2, 2)
+        ),
     )
     for _ in range(3 * max(plan.batch, 1)):  # until everything is compiled
         next(stream)
@@ -292,16 +297,18 @@ def model_row(
 
 
 @torch.no_grad()
-def latency(model: MANA, pictures: np.ndarray) -> dict[str, float]:
+def latency(upscaler: Upscaler, pictures: np.ndarray) -> dict[str, float]:
     """Milliseconds from a picture in memory to the enlarged one: median, percentiles."""
-    frames, t = torch.from_numpy(pictures), model.config.frames
+    frames, t = torch.from_numpy(pictures), upscaler.model.config.frames
     height, width = pictures.shape[1:3]
-    batches = Batches(model, height, width, frames.dtype, 1)
+    cache = FeatureCache(
+        upscaler.model, height, width, frames.dtype, Plan(), upscaler.backend, STREAM_TOLERANCE
+    )
     times = []
     for n in range(TRIES):
         began = time.perf_counter()
-        batches.encode([frames[n % len(frames)]], [n])
-        batches.enlarge([window_numbers(n - t // 2, 0, n, t)]).wait()
+        cache.encode([frames[n % len(frames)]], n)
+        cache.enlarge([window_numbers(n - t // 2, 0, n, t)]).wait()
         times.append(1000 * (time.perf_counter() - began))
     p20, ms, p80 = np.percentile(times[TRIES // 4 :], [20, 50, 80]).tolist()
     return {"ms": ms, "p20": p20, "p80": p80}
@@ -316,7 +323,7 @@ def visited_by(model: MANA, pictures: np.ndarray) -> float:
     q = model.queries(f, *norm)[:1]
     return cross_frame_attention(
         q, k[None], v[None], model.sigma, scale=model.scale,
-        tolerance=model.tolerance, backend=model.backend, return_visited=True,
+        tolerance=STREAM_TOLERANCE, return_visited=True,
     )[1]  # fmt: skip
 
 
@@ -343,8 +350,8 @@ def decoder_rows(preset: str, deadline: float) -> list[dict[str, Any]]:
     """Ways to run the decoder's convolutions, each as one graph, at the sizes of 2K and less."""
     rows = []
     for height, width in [size for size in TARGETS if max(size) <= 512]:
-        upscaler = Upscaler(MANA(MANAConfig.preset(preset)), device=DEVICE)
-        model, batch = upscaler.model, max(upscaler.plan_for(height, width).batch, 1)
+        upscaler = Upscaler(MANA(MANAConfig.preset(preset)), EngineOptions(device=DEVICE))
+        model, batch = upscaler.model, max(upscaler.plan(height, width).batch, 1)
         generator = torch.Generator(DEVICE).manual_seed(0)
         z = torch.randn(
             batch, model.config.channels, height, width, generator=generator, device=DEVICE

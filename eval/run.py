@@ -74,7 +74,8 @@ from eval.datasets import (
     write_atomically,
 )
 from mana_triton.checkpoint import WEIGHTS, CheckpointError, named_weights
-from mana_triton.engine.upscaler import CutDetector, Picture, Upscaler
+from mana_triton.engine.scene_cuts import CutDetector, Pixels
+from mana_triton.engine.upscaler import TOLERANCE, EngineOptions, Upscaler
 from mana_triton.metrics import (
     FLOW_SMALLEST,
     LPIPS,
@@ -173,7 +174,7 @@ class Unit:
 
 @lru_cache(maxsize=8)
 def _upscaler(weights: str, device: str, precision: str) -> Upscaler:
-    return Upscaler(weights, device=device, precision=precision)
+    return Upscaler(weights, EngineOptions(device=device, precision=precision))
 
 
 def enlarge(method: str, lr: Frames, scored: range, protocol: Protocol) -> Frames:
@@ -195,9 +196,9 @@ def enlarge(method: str, lr: Frames, scored: range, protocol: Protocol) -> Frame
     elif scored == MIDDLE:  # a Vimeo-90K sequence is one window
         yield _window(upscaler, list(lr))
     else:
-        for index, frame in enumerate(upscaler.stream(lr)):
+        for index, result in enumerate(upscaler.stream(lr)):
             if index in scored:
-                yield np.asarray(frame)
+                yield np.asarray(result.picture)
 
 
 @torch.inference_mode()
@@ -205,7 +206,8 @@ def _window(upscaler: Upscaler, frames: list[np.ndarray]) -> np.ndarray:
     """The enlargement of the middle one of seven frames."""
     x = rearrange(torch.from_numpy(np.stack(frames)), "t h w c -> 1 t c h w")
     x = x.to(upscaler.device).float() / 255
-    out = upscaler.model(x.to(next(upscaler.model.parameters()).dtype))[0].float()
+    x = x.to(next(upscaler.model.parameters()).dtype)
+    out = upscaler.model(x, backend=upscaler.backend, tolerance=TOLERANCE)[0].float()
     return _to_uint8(out.clamp(0, 1))
 
 
@@ -230,13 +232,13 @@ def _turned_stream(
         x = torch.rot90(x, turns, (1, 2))
         return x.flip(2) if mirrored else x
 
-    def back(x: Picture) -> Tensor:
+    def back(x: Pixels) -> Tensor:
         x = torch.as_tensor(x)
         return torch.rot90(x.flip(2) if mirrored else x, -turns, (1, 2))
 
     is_cut = CutDetector().is_cut
     stream = upscaler.stream(map(there, frames), is_cut=lambda x: cuts and is_cut(back(x)))
-    return map(back, stream)
+    return (back(result.picture) for result in stream)
 
 
 def _to_uint8(frame: Tensor) -> np.ndarray:

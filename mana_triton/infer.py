@@ -22,9 +22,9 @@ Progress goes to stderr; the last line of stdout is one JSON object. Exit codes:
 or stopped (one line says why), 2 wrong usage.
 """
 
-from mana_triton import host
+from mana_triton import runtime
 
-host.tune()  # before torch is imported
+runtime.configure_process()  # before torch is imported
 
 import argparse
 import contextlib
@@ -37,7 +37,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ from rich.table import Table
 
 from mana_triton.attention import BACKENDS
 from mana_triton.checkpoint import CheckpointError, named_weights
-from mana_triton.engine import plan as planner
-from mana_triton.engine.upscaler import DTYPES, Upscaler, Waits, in_thread
+from mana_triton.engine import memory
+from mana_triton.engine.plan import Plan
+from mana_triton.engine.prefetch import StallTimes, prefetch
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.jobs import preview
 from mana_triton.jobs import resume as segments
 from mana_triton.jobs.resume import Seen, Trail, frames_after, open_resumable
-from mana_triton.model import MANA
+from mana_triton.model import MANA, PRECISIONS
 from mana_triton.resize import SCALE
 from mana_triton.video.encoder import ENCODER_MEMORY
 from mana_triton.video.frame import explained, reason
@@ -112,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-n", "--model", metavar="NAME|FILE", help=help_model)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--backend", default="auto", choices=BACKENDS, help="of the attention (default: auto)")
-    add("--precision", default="auto", choices=("auto", *DTYPES))
+    add("--precision", default="auto", choices=("auto", *PRECISIONS))
     add("--memory-budget", type=_bytes, metavar="SIZE", help="bytes to take at most, as 8G; tiles"
         " and frames at once follow (default: four fifths of the memory)")  # fmt: skip
     help_tile = "side of the decoder's tiles in input pixels, 0: whole frame (default: auto)"
@@ -159,7 +161,7 @@ def _tile(text: str) -> int | str:
 
 def _bytes(text: str) -> int:
     try:
-        return planner.parse_bytes(text)
+        return memory.parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -218,9 +220,9 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
                 console.print(f"continuing after {resumed} frames", markup=False)
             size = (3 if reader.bits <= 8 else 6) * sides * width * height
             ahead = max(min(AHEAD // size, 4), 1)
-            read, written = Waits(), Waits()  # for frames to enlarge, and to write
+            read, written = StallTimes(), StallTimes()  # for frames to enlarge, and to write
             pictures = _enlarged(reader, upscaler, writer, args.compare, read)
-            enlarged = in_thread(pictures, ahead, written)
+            enlarged = prefetch(pictures, ahead, written)
             started = time.perf_counter()
             with (
                 contextlib.closing(enlarged),
@@ -252,7 +254,7 @@ def enlarge(source: Path, output: Path, upscaler: Upscaler, args: argparse.Names
     }
 
 
-def _shares(read: Waits, written: Waits, seconds: float) -> dict[str, float]:
+def _shares(read: StallTimes, written: StallTimes, seconds: float) -> dict[str, float]:
     """The part of the time for which each stage of the work waited for the others."""
     waited = {
         "reading": read.for_room, "network": read.for_items + written.for_room,
@@ -272,7 +274,7 @@ def _job(reader, upscaler: Upscaler, args: argparse.Namespace) -> dict[str, Any]
     engine = {
         "device": upscaler.device.type, "precision": upscaler.precision,
         "backend": upscaler.backend, **_division(reader, upscaler),
-        "band": upscaler.plan_for(reader.height, reader.width).band,
+        "band": upscaler.plan(reader.height, reader.width).band,
     }  # fmt: skip
     # what sums in another order or decodes in another way; Pillow does the latter for pictures
     software = (torch, av, np) if isinstance(reader, VideoReader) else (torch, av, np, PIL)
@@ -313,11 +315,9 @@ def _kept(writer) -> Iterator[None]:
 
 
 def _describe(reader, upscaler: Upscaler, args: argparse.Namespace) -> None:
-    plan = upscaler.plan_for(reader.height, reader.width)
+    plan = upscaler.plan(reader.height, reader.width)
     parts = [f"tiles of {plan.tile} pixels" if plan.tile else "no tiles"]
-    if plan.rows:
-        parts.append(f"bands of {plan.rows} rows, encoded anew")
-    together = plan.batch or plan.workers
+    together = max(plan.batch, plan.workers)
     console.print(
         f"{upscaler.description}; {', '.join(parts)} ({plan.why}); "
         f"{together} frame{'s' * (together > 1)} at once; "
@@ -327,17 +327,17 @@ def _describe(reader, upscaler: Upscaler, args: argparse.Namespace) -> None:
     console.print("weights {}: {}".format(*choose_weights(args)), markup=False)
 
 
-def _plan(source: Path, reader, upscaler: Upscaler) -> planner.Plan:
+def _plan(source: Path, reader, upscaler: Upscaler) -> Plan:
     try:
-        return upscaler.plan_for(reader.height, reader.width)
+        return upscaler.plan(reader.height, reader.width)
     except ValueError as error:
         raise MediaError(f"{source}: {error}") from error
 
 
 def _division(reader, upscaler: Upscaler) -> dict[str, int]:
-    plan = upscaler.plan_for(reader.height, reader.width)
+    plan = upscaler.plan(reader.height, reader.width)
     return {
-        "tile": plan.tile, "rows": plan.rows, "workers": plan.workers, "batch": plan.batch,
+        "tile": plan.tile, "workers": plan.workers, "batch": plan.batch,
     }  # fmt: skip
 
 
@@ -350,33 +350,24 @@ def _show_notes(notes: Sequence[str], shown: Sequence[str] = ()) -> Sequence[str
 
 
 def _enlarged(
-    reader: Reader, upscaler: Upscaler, writer, compare: bool, waits: Waits
+    reader: Reader, upscaler: Upscaler, writer, compare: bool, waits: StallTimes
 ) -> Iterator[tuple[Any, Frame, Seen]]:
     """What is to be written, with the frames it comes from; decoding runs in its own thread.
 
     A GPU makes the planes of a video, too; a processor does so while it writes.
     """
-    done, plan = writer.done, upscaler.plan_for(reader.height, reader.width)
-    finish = writer.planes if plan.batch and not compare else None
-    trail = Trail(upscaler.reach, done)
-    waiting: deque[tuple[Frame, Seen]] = deque()
-    cuts: deque[bool] = deque()
-
-    def pictures(frames: Iterator[Frame]) -> Iterator[np.ndarray]:
-        for frame in frames:
-            cut, seen = trail.see(frame)
-            waiting.append((frame, seen))
-            cuts.append(cut)
-            yield frame.rgb
-
-    with contextlib.closing(in_thread(frames_after(reader, done), waits=waits)) as frames:
+    done = writer.done
+    batched = upscaler.plan(reader.height, reader.width).batch > 1
+    finish = writer.planes if batched and not compare else None
+    trail = Trail(upscaler.window_radius, done)
+    with contextlib.closing(prefetch(frames_after(reader, done), stalls=waits)) as frames:
         results = upscaler.stream(
-            pictures(frames), first=trail.first, is_cut=lambda _: cuts.popleft(), finish=finish
-        )
-        for number, picture in enumerate(results):
-            frame, seen = waiting.popleft()
-            if number >= trail.skip:
-                yield (_side_by_side(frame.rgb, picture) if compare else picture), frame, seen
+            ((frame, *trail.see(frame)) for frame in frames),
+            pixels=lambda x: x[0].rgb, is_cut=lambda x: x[1],
+            start=trail.first, skip=trail.skip, postprocess=finish,
+        )  # fmt: skip
+        for (frame, _, seen), picture in results:
+            yield (_side_by_side(frame.rgb, picture) if compare else picture), frame, seen
 
 
 def _side_by_side(lr: np.ndarray, enlarged: Any) -> np.ndarray:
@@ -479,8 +470,11 @@ def run(args: argparse.Namespace) -> tuple[dict, int]:
     model, _ = choose_weights(args)
     try:
         upscaler = Upscaler(
-            model, device=args.device, precision=args.precision, tile=args.tile,
-            backend=args.backend, memory_budget=_streams_share(args),
+            model,
+            EngineOptions(
+                device=args.device, precision=args.precision, tile=args.tile,
+                backend=args.backend, memory_budget=_streams_share(args),
+            ),
         )  # fmt: skip
     except ValueError as error:  # no GPU
         sys.exit(f"error: {error}")
@@ -621,7 +615,7 @@ def _benchmark(source: Path, output: Path, upscaler: Upscaler, args: argparse.Na
         _describe(reader, upscaler, args)
         frames = iter(reader)
         read = clock.timed("read", lambda: next(frames, None))
-        with contextlib.closing(in_thread(iter(read, None))) as decoded:
+        with contextlib.closing(prefetch(iter(read, None))) as decoded:
             results = timed.stream(frame.rgb for frame in decoded)
             with contextlib.closing(_with_progress(results, reader.frame_count)) as enlarged:
                 count = sum(1 for _ in enlarged)
@@ -679,7 +673,7 @@ def _in_words(error: Exception, source: Path) -> str:
     """One line for an error that ends the work on a file; raises all others again."""
     if isinstance(error, MediaError | CheckpointError | OSError):
         return str(error)
-    if not planner.out_of_memory(error):
+    if not memory.out_of_memory(error):
         raise error
     return f"{source}: the memory is too small for this frame size, even in the smallest parts"
 

@@ -185,7 +185,7 @@ class Trainer:
         """Mean loss [] of some samples; weights and loss are float32 in every precision."""
         lr, hr = (x.to(self.device, non_blocking=True) for x in (lr, hr))
         with torch.autocast(self.device.type, torch.bfloat16, self.args.precision == "bf16"):
-            return self.loss(self.model, lr, hr, stage)
+            return self.loss(self.model, lr, hr, stage, self.args.backend)
 
     # the loop
 
@@ -442,9 +442,11 @@ def _names(clips: list[Clip], low: dict[Path, list[LowClip]] | None = None) -> s
     return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _loss(model: MANA, lr: Tensor, hr: Tensor, stage: int) -> Tensor:
+def _loss(model: MANA, lr: Tensor, hr: Tensor, stage: int, backend: str) -> Tensor:
     """Mean loss [] of a stage: lr [B, 7, 3, h, w] and the center's hr [B, 3, 4h, 4w]."""
-    return model.memory_loss(lr) if stage == 2 else F.l1_loss(model(lr), hr)
+    if stage == 2:
+        return model.memory_loss(lr, backend=backend)
+    return F.l1_loss(model(lr, backend=backend), hr)
 
 
 def gradient_noise(optimizer: torch.optim.Adam, batch: int) -> float | None:
@@ -495,7 +497,6 @@ def _new_model(args: argparse.Namespace, config: MANAConfig) -> MANA:
                 f"{args.init_from} must hold a model of the preset {args.preset} or one that can "
                 f"grow into it: {error}; change --preset"
             ) from error
-    model.backend = args.backend
     return model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

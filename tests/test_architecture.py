@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BASE = {"files", "resize"}  # what every module may import
+BASE = {"files", "resize", "runtime"}  # what every module may import
 NETWORK = {"model", "attention", "checkpoint", "kernels", "metrics", "export"}
 ALLOWED = {
     "kernels": set(),

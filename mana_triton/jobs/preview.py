@@ -29,19 +29,20 @@ def enlarged_frame(reader: Reader, upscaler: Upscaler, number: int) -> tuple[np.
     Raises:
         MediaError: there are not that many frames.
     """
-    trail = Trail(upscaler.reach)
-    window: deque[tuple[np.ndarray, bool]] = deque(maxlen=2 * upscaler.reach + 1)
-    for frame in islice(iter(reader), min(number + upscaler.reach + 1, sys.maxsize)):
+    trail = Trail(upscaler.window_radius)
+    window: deque[tuple[np.ndarray, bool]] = deque(maxlen=2 * upscaler.window_radius + 1)
+    for frame in islice(iter(reader), min(number + upscaler.window_radius + 1, sys.maxsize)):
         window.append((frame.rgb, trail.see(frame)[0]))
     if trail.number <= number:
         raise MediaError(
             f"{reader.path}: has {trail.number} frames, numbered from 0; there is no {number}"
         )
     first = trail.number - len(window)
-    cuts = deque(cut for _, cut in window)
-    pictures = [rgb for rgb, _ in window]
-    results = upscaler.stream(pictures, first=first, is_cut=lambda _: cuts.popleft())
-    return pictures[number - first], next(islice(results, number - first, None))
+    results = upscaler.stream(
+        window, pixels=lambda x: x[0], is_cut=lambda x: x[1], start=first, skip=number - first
+    )
+    (rgb, _), picture = next(iter(results))
+    return rgb, picture
 
 
 def detailed(rgb: np.ndarray, side: int, count: int) -> list[tuple[int, int]]:

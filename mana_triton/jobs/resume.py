@@ -49,7 +49,7 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from mana_triton.engine.upscaler import CutDetector
+from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.video.encoder import Picture, VideoEncoder
 from mana_triton.video.frame import Frame, MediaError, explained, reason, sync
 from mana_triton.video.reader import ImageFolderReader, Reader

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
-from mana_triton.engine.upscaler import CutDetector
+from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.resize import SCALE, matlab_bicubic
 
 if TYPE_CHECKING:

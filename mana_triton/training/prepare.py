@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mana_triton.engine.upscaler import CutDetector
+from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.training.clips import (
     WINDOW,
     DataError,

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mana_triton.attention import cross_frame_attention
-from mana_triton.engine.upscaler import window_numbers
+from mana_triton.engine.window import window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE, upscale_bicubic
@@ -141,8 +141,6 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
         model.sigma,
         gaussian=config.gaussian,
         scale=model.scale,
-        tolerance=model.tolerance,
-        backend=model.backend,
         return_visited=True,
     )
     if config.memory_slots > 1:

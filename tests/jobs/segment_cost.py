@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from mana_triton import infer
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.jobs.resume import LENGTH
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.video.writer import open_reader, open_writer
@@ -102,7 +102,7 @@ def main() -> None:
     rows.append("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         clip = make_clip(Path(name))
-        upscaler = Upscaler(small_network(), tile=0, workers=1)
+        upscaler = Upscaler(small_network(), EngineOptions(tile=0, workers=1))
         run(clip, upscaler, [], ".mp4", True)  # warms up
         pairs = []
         for number in range(2 * rounds):

@@ -246,8 +246,8 @@ def test_planes_of_a_video_are_made_where_batches_are(flags, clip, weights, tmp_
         return planes_of(rgb, **how)
 
     class Pictures(stream.Upscaler):
-        def stream(self, *frames, finish, **how):
-            assert bool(finish) == ("--compare" not in flags)
+        def stream(self, *frames, postprocess, **how):
+            assert bool(postprocess) == ("--compare" not in flags)
             return super().stream(*frames, **how)
 
     monkeypatch.setattr(color, "planes_of", made)
@@ -255,7 +255,9 @@ def test_planes_of_a_video_are_made_where_batches_are(flags, clip, weights, tmp_
     for kind in (stream.Upscaler, Pictures):
         args = parse_args([str(clip), *flags])
         output = tmp_path / f"{kind.__name__}.mkv"
-        infer.enlarge(clip, output, kind(weights, batch=2, scene_cuts=False), args)
+        infer.enlarge(
+            clip, output, kind(weights, stream.EngineOptions(batch=2, scene_cuts=False)), args
+        )
         with av.open(str(output)) as video:
             videos.append([bytes(packet) for packet in video.demux(video=0)])
         is_written_here = kind == Pictures or "--compare" in flags
@@ -367,7 +369,7 @@ def test_nothing_is_overwritten_unasked(kind, clip, folder, cli, monkeypatch):
     content = b"precious" if kind == "video" else old.read_bytes()[::-1]
     old.write_bytes(content)
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Upscaler, "_features", None)  # fails if anything is computed
+        patch.setattr(stream.Upscaler, "stream", None)  # fails if anything is computed
         code, summary, stderr = cli(source)
     assert (code, summary) == (1, {})
     assert stderr == f"error: {output}: exists; use --overwrite or choose another output\n"

@@ -31,7 +31,8 @@ from PIL import Image
 from torch import nn
 
 from mana_triton import checkpoint, infer
-from mana_triton.engine.upscaler import CutDetector, Upscaler
+from mana_triton.engine.scene_cuts import CutDetector
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.jobs.resume import (
     LENGTH,
     Changed,
@@ -226,23 +227,24 @@ def media_frame(rgb: np.ndarray, number: int):
 def test_a_stream_continues_bit_by_bit(weights, workers):
     """At every frame, also just before and after cuts and in a scene shorter than the window."""
     frames = [media_frame(rgb, i) for i, rgb in enumerate(pictures())]
-    upscaler = Upscaler(weights, workers=workers)
-    expected = list(upscaler.stream(frame.rgb for frame in frames))
-    trail = Trail(upscaler.reach)
+    upscaler = Upscaler(weights, EngineOptions(workers=workers))
+    expected = [x.picture for x in upscaler.stream(frame.rgb for frame in frames)]
+    trail = Trail(upscaler.window_radius)
     cuts_seen, seen = zip(*map(trail.see, frames), strict=True)
     assert tuple(i for i, cut in enumerate(cuts_seen) if cut) == STARTS[1:]
     for at in (1, 2, 4, 10, 11, 12, 14, 15, 17, 18, 22, 25):
-        trail = Trail(upscaler.reach, seen[at - 1].to_json())
+        trail = Trail(upscaler.window_radius, seen[at - 1].to_json())
         rest = frames[trail.first :]
         cuts = iter([trail.see(frame)[0] for frame in rest])
         results = upscaler.stream(
-            (frame.rgb for frame in rest), first=trail.first, is_cut=lambda _, c=cuts: next(c)
-        )
+            rest, pixels=lambda frame: frame.rgb, start=trail.first, skip=trail.skip,
+            is_cut=lambda _, c=cuts: next(c),
+        )  # fmt: skip
         results = list(results)
-        assert len(results) == len(rest) == len(frames) - trail.first > trail.skip
-        for number, result in enumerate(results):
-            if number >= trail.skip:
-                assert np.array_equal(result, expected[trail.first + number]), (at, number)
+        assert len(results) == len(frames) - at
+        for number, (frame, picture) in enumerate(results, at):
+            assert frame is frames[number]
+            assert np.array_equal(picture, expected[number]), (at, number)
 
 
 # the whole way
@@ -562,7 +564,7 @@ def test_another_processor_or_program_is_another_job(clip, weights, tmp_path, mo
     """Work that was begun on a processor with AVX-512 went on, with other frames, without it."""
     (tmp_path / "pictures").mkdir()
     Image.fromarray(pictures()[0]).save(tmp_path / "pictures" / "a.png")
-    args, upscaler = infer.parse_args([str(clip)]), Upscaler(weights, device="cpu")
+    args, upscaler = infer.parse_args([str(clip)]), Upscaler(weights, EngineOptions(device="cpu"))
 
     def jobs() -> list[dict[str, Any]]:
         found = []

@@ -92,7 +92,6 @@ def test_entries_that_no_pixel_attends_to_are_dead():
 def test_a_narrow_gaussian_visits_fewer_pairs():
     torch.manual_seed(0)
     model = MANA(CONFIG)
-    model.backend = "tiled"
     lr = torch.rand(1, 7, 3, 48, 48)
     visited = []
     for sigma in (0.5, 50.0):
