@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from mana_triton.video.frame import MP4_LIKE, Frame, MediaError, Timed, reason
 from mana_triton.video.reader import Reader
 from mana_triton.video.remux import IN_TS
 
-Picture = np.ndarray | Sequence[np.ndarray]  # RGB, or its planes as they are encoded
+Pixels = np.ndarray | Sequence[np.ndarray]  # RGB, or the planes that are encoded
 
 ENCODERS = ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "ffv1", "prores_ks", "h264_nvenc")
 
@@ -53,13 +54,32 @@ def repeatable(params: str = "") -> str:
     return ":".join(filter(None, (_REPEATABLE, params)))
 
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a video is encoded.
+
+    Attributes:
+        codec: FFmpeg encoder.
+        crf: constant quality, for encoders that have it; None for their default.
+        options: further options as (key, value) pairs; "pix_fmt" overrides `pix_fmt`.
+        lossless: keep every bit of the pictures, by what the encoder has for that.
+        pix_fmt: pixel format; None for 4:2:0 with the input's bits, or what is closest to it.
+    """
+
+    codec: str = "libx264"
+    crf: float | None = 18.0
+    options: tuple[tuple[str, str], ...] = ()
+    lossless: bool = False
+    pix_fmt: str | None = None
+
+
 class VideoEncoder:
     """Turns pictures into the packets of one video stream, which starts with a key frame.
 
     Args:
         path, reader, width, height: as of VideoWriter.
         container: gets the stream; no packet is written into it here.
-        codec, crf, options, pix_fmt, lossless: as of VideoWriter.
+        encode: encoder and settings.
         after: `tick` of the encoder of the frames before the first one here, -1 if there are none.
 
     Attributes:
@@ -79,12 +99,8 @@ class VideoEncoder:
         width: int,
         height: int,
         container: Any,
+        encode: EncodeOptions = EncodeOptions(),
         *,
-        codec: str = "libx264",
-        crf: float | None = 18,
-        options: Mapping[str, str] | None = None,
-        pix_fmt: str | None = None,
-        lossless: bool = False,
         after: int = -1,
     ):
         self.path, self.suffix, self.notes = path, path.suffix.lower(), []
@@ -92,9 +108,9 @@ class VideoEncoder:
         self.time_base = 1 / reader.rate if self.suffix == ".avi" else reader.time_base
         self.tick = after
         self._durations: dict[int, int] = {}  # by pts, of the frames the encoder holds
-        options = {key: str(value) for key, value in (options or {}).items()}
-        pix_fmt = options.pop("pix_fmt", pix_fmt)
-        if lossless:
+        codec, crf, options = encode.codec, encode.crf, dict(encode.options)
+        pix_fmt = options.pop("pix_fmt", encode.pix_fmt)
+        if encode.lossless:
             codec, crf, options, pix_fmt = self._without_loss(codec, options, pix_fmt)
         self.stream = self._add_video(codec, crf, options, pix_fmt)
         self.headers = bytes(self.stream.codec_context.extradata or b"")
@@ -158,7 +174,7 @@ class VideoEncoder:
 
     def _hdr_options(self, codec: str, options: dict[str, str]) -> dict[str, str]:
         """HDR10 metadata in the words of the encoders that take it."""
-        display, light = (getattr(self._reader, key, None) for key in ("mastering", "light_level"))
+        display, light = self._reader.mastering, self._reader.light_level
         if not (display or light):
             return {}
         words = {
@@ -257,7 +273,7 @@ class VideoEncoder:
             os.environ.setdefault("SVT_LOG", "1")  # errors only; there is no option for it
         return options
 
-    def encode(self, picture: Picture, frame: Frame) -> list[Timed]:
+    def encode(self, picture: Pixels, frame: Frame) -> list[Timed]:
         """Take one picture, at the time of `frame`; returns the packets that are ready.
 
         picture: RGB, or the `planes` of it.

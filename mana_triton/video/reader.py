@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import av
 import av.filter
@@ -56,12 +56,77 @@ def _nameless(kinds: type[SideData], value: object) -> SideData:
 SideData._missing_ = classmethod(_nameless)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Reader(Protocol):
+    """Frames of a video, an animation or a folder of pictures, in presentation order.
+
+    A context manager that closes the files.
+
+    Attributes:
+        path: as given; `files` are those that are read.
+        start, end: seconds of the range as given; None for all.
+        width, height: pixels as coded, before `rotation` (degrees counterclockwise) is applied.
+        rate: nominal frames per second; the timestamps may be irregular.
+        time_base: unit of the frames' times, in seconds.
+        offset: seconds of the input that are zero of the output; not 0 if the start is cut.
+        frame_count: expected number of frames, for progress only; None if unknown.
+        bits: of a channel.
+        color: what the numbers of the file mean; `colorspace`, `color_range`, `color_guessed` in
+            words: "bt709", "limited", and whether that is a guess because the file does not say.
+        mastering, light_level: HDR10 metadata as in the file, None if there is none.
+        display_matrix, sample_aspect_ratio: as in the file, None if there is none.
+        notes: lines the user should see.
+        damaged: frames so far that were damaged or missing.
+        truncated: after iterating, why frames are missing or damaged; None if all is well.
+    """
+
+    path: Path
+    files: list[Path]
+    start: float | None
+    end: float | None
+    width: int
+    height: int
+    rate: Fraction
+    time_base: Fraction
+    offset: Fraction
+    frame_count: int | None
+    bits: int
+    color: Color
+    colorspace: str
+    color_range: str
+    color_guessed: bool
+    rotation: int
+    display_matrix: list[int] | None
+    sample_aspect_ratio: Fraction | None
+    mastering: dict[str, tuple[Fraction, ...]] | None
+    light_level: tuple[int, int] | None
+    notes: list[str]
+    damaged: int
+    truncated: str | None
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def seek(self, pts: int | None) -> None:
+        """Iterate from the frame with this time on; None: from the first frame of the range."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class _Reader:
     """What both kinds of reader share: notes and the context manager."""
 
     notes: list[str]
     bits: int
     damaged = 0
+    mastering: dict[str, tuple[Fraction, ...]] | None = None
+    light_level: tuple[int, int] | None = None
+    display_matrix: list[int] | None = None
+    sample_aspect_ratio: Fraction | None = None
+    truncated: str | None = None
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -219,7 +284,7 @@ class VideoReader(_Reader):
         limits: bool = True,
     ):
         self.path, self.start, self.end = Path(path), start or None, end
-        self._wanted, self._limits = stream, limits
+        self._wanted, self._limits, self.files = stream, limits, [self.path]
         self.notes, self.truncated = [], None
         self._open()
         try:
@@ -577,7 +642,8 @@ class ImageFolderReader(_Reader):
         MediaError: no picture, an unreadable one, or different sizes.
     """
 
-    rotation, display_matrix, sample_aspect_ratio, truncated = 0, None, None, None
+    rotation = 0
+    frame_count: int | None
     color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
     offset = Fraction(0)
 
@@ -646,7 +712,8 @@ class ImageFolderReader(_Reader):
 class AnimationReader(_Reader):
     """The pictures of an animated WebP, which FFmpeg cannot read; attributes as VideoReader's."""
 
-    rotation, display_matrix, sample_aspect_ratio, truncated, bits = 0, None, None, None, 8
+    rotation, bits = 0, 8
+    frame_count: int | None
     color, colorspace, color_range, color_guessed = Color(), "bt709", "limited", False
     time_base = Fraction(1, 1000)
 
@@ -659,7 +726,7 @@ class AnimationReader(_Reader):
         limits: bool = True,
     ):
         self.path, self.start, self.end, self.notes = Path(path), start, end, []
-        self.offset, self.frame_count = _exact(start or 0), None
+        self.offset, self.frame_count, self.files = _exact(start or 0), None, [self.path]
         if not limits:
             Image.MAX_IMAGE_PIXELS = None  # Pillow has a limit of its own
         self.width, self.height = _picture_size(self.path, limits)
@@ -682,9 +749,6 @@ class AnimationReader(_Reader):
                 if pts >= self._first:
                     yield Frame(rgb, pts, self.time_base, duration, alpha=alpha, tags=tags)
                 pts += duration or 40
-
-
-Reader = VideoReader | ImageFolderReader | AnimationReader
 
 
 def open_reader(

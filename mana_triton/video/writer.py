@@ -15,17 +15,19 @@ once it is complete.
 
 import itertools
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Protocol, Self
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from torch import Tensor
 
 from mana_triton.video import color as colors
 from mana_triton.video import images
-from mana_triton.video.encoder import ENCODERS, Picture, VideoEncoder
+from mana_triton.video.encoder import ENCODERS, EncodeOptions, Pixels, VideoEncoder
 from mana_triton.video.frame import MP4_LIKE, Frame, MediaError, Timed, explained, hidden, sync
 from mana_triton.video.reader import (
     MAX_PIXELS,
@@ -62,6 +64,51 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".nut"
 IMAGE_SUFFIXES = images.SUFFIXES
 
 
+class Writer(Protocol):
+    """Writes frames; a context manager that finishes the output, or deletes it after an error.
+
+    Attributes:
+        path: the final name.
+        notes: lines the user should see.
+        planes: makes of a picture [height, width, 3] RGB, on any device, the planes that `write`
+            takes as well; None where only RGB is written.
+    """
+
+    path: Path
+    notes: list[str]
+
+    @property
+    def planes(self) -> Callable[[Tensor], list[Tensor]] | None: ...
+
+    def write(self, picture: Pixels, frame: Frame) -> object:
+        """Write one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
+        ...
+
+    def close(self) -> None:
+        """Finish the output and give it its name."""
+        ...
+
+    def abort(self) -> None:
+        """Delete what was written so far; nothing to do after close."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type | None, *_: object) -> None: ...
+
+
+def check_picture(picture: Pixels, width: int, height: int) -> None:
+    """ValueError unless the picture, RGB or planes, has this size and an integer type."""
+    first = picture if isinstance(picture, np.ndarray) else picture[0]
+    channels = (3,) if first is picture else first.shape[2:]
+    wanted = height, width, *channels
+    if first.shape != wanted or first.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"a picture must be {list(wanted)} uint8 or uint16, got {list(first.shape)}"
+            f" {first.dtype}"
+        )
+
+
 class _Writer:
     """What both kinds of writer share: checks, the temporary name and the context manager."""
 
@@ -90,16 +137,6 @@ class _Writer:
             raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
         return part or hidden(path)
 
-    def _check(self, picture: Picture) -> None:
-        first = picture if isinstance(picture, np.ndarray) else picture[0]
-        channels = (3,) if first is picture else first.shape[2:]
-        wanted = self.height, self.width, *channels
-        if first.shape != wanted or first.dtype not in (np.uint8, np.uint16):
-            raise ValueError(
-                f"a picture must be {list(wanted)} uint8 or uint16,"
-                f" got {list(first.shape)} {first.dtype}"
-            )
-
     def close(self) -> None:
         """Finish the output and give it its name."""
         raise NotImplementedError
@@ -125,13 +162,9 @@ class VideoWriter(_Writer):
         path: output; its suffix chooses the container.
         reader: where the frames come from: timestamps, colors, rotation, audio, tags.
         width, height: of the frames to be written, pixels.
+        options: encoder and settings.
         overwrite: replace an existing output.
         part: name of the file while it grows, on the disk of `path`; None: a hidden one beside.
-        encoding: codec: FFmpeg encoder; crf: constant quality, for encoders that have it, None for
-            their default; options: further encoder options, where "pix_fmt" is taken as the
-            argument of that name; pix_fmt: None means yuv420p with the input's bits, or what the
-            encoder has closest to it; lossless: keep every bit of the pictures, by what the
-            encoder has for that.
 
     Attributes:
         time_base, headers, planes: of the encoder, see VideoEncoder.
@@ -147,10 +180,10 @@ class VideoWriter(_Writer):
         reader: Reader,
         width: int,
         height: int,
+        options: EncodeOptions = EncodeOptions(),
         *,
         overwrite: bool = False,
         part: Path | None = None,
-        **encoding: Any,
     ):
         super().__init__(path, reader, width, height)
         self._copier: Copier | None = None
@@ -164,18 +197,18 @@ class VideoWriter(_Writer):
         self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
         try:
             with explained(self.path, "write"):
-                self._open(encoding)
+                self._open(options)
         except BaseException:
             self.abort()
             raise
 
-    def _open(self, encoding: dict[str, Any]) -> None:
+    def _open(self, options: EncodeOptions) -> None:
         reader = self._reader
         if self.suffix in MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
             ticks = str(max(1000, reader.time_base.denominator))
             self._container.container_options["movie_timescale"] = ticks
         size = self.width, self.height
-        self._encoder = VideoEncoder(self.path, reader, *size, self._container, **encoding)
+        self._encoder = VideoEncoder(self.path, reader, *size, self._container, options)
         self._stream, self.headers = self._encoder.stream, self._encoder.headers
         self.time_base, self.planes = self._encoder.time_base, self._encoder.planes
         self.notes = self._encoder.notes  # one list, as both go on adding to it
@@ -193,9 +226,9 @@ class VideoWriter(_Writer):
             self._copier = Copier(reader, self)
         self._container.start_encoding()
 
-    def write(self, picture: Picture, frame: Frame) -> None:
+    def write(self, picture: Pixels, frame: Frame) -> None:
         """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
-        self._check(picture)
+        check_picture(picture, self.width, self.height)
         self._encoded = True
         with explained(self.path, "write"):
             if self._copier:
@@ -265,6 +298,8 @@ class ImageFolderWriter(_Writer):
     `part` may be a folder that holds the first `count` of them.
     """
 
+    planes = None
+
     def __init__(
         self,
         path: str | Path,
@@ -279,7 +314,7 @@ class ImageFolderWriter(_Writer):
         super().__init__(path, reader, width, height)
         self._count, self._overwrite = count, overwrite
         self._check_place()
-        stems = sorted(file.stem for file in getattr(reader, "files", ()))
+        stems = sorted(file.stem for file in reader.files)
         for one, next_one in itertools.pairwise(stems):
             if one == next_one:
                 raise MediaError(f"{reader.path}: two pictures are called '{one}'; rename one")
@@ -294,9 +329,10 @@ class ImageFolderWriter(_Writer):
         if path.is_dir() and any(file.suffix != ".png" for file in path.iterdir()):
             raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> Path:
+    def write(self, picture: Pixels, frame: Frame) -> Path:
         """Write one picture, [height, width, 3] RGB, under the name of `frame`."""
-        self._check(rgb)
+        rgb = np.asarray(picture)
+        check_picture(rgb, self.width, self.height)
         alpha = frame.alpha
         if alpha is not None:
             alpha = self._enlarged(alpha)
@@ -339,12 +375,18 @@ class ImageFolderWriter(_Writer):
 
 
 def open_writer(
-    path: str | Path, reader: Reader, width: int, height: int, **settings
-) -> VideoWriter | ImageFolderWriter:
-    """A VideoWriter if the path has a suffix, else an ImageFolderWriter; settings as theirs."""
+    path: str | Path,
+    reader: Reader,
+    width: int,
+    height: int,
+    options: EncodeOptions = EncodeOptions(),
+    *,
+    overwrite: bool = False,
+    part: Path | None = None,
+) -> Writer:
+    """A VideoWriter if the path has a suffix, else an ImageFolderWriter; arguments as theirs."""
     if Path(path).suffix:
-        return VideoWriter(path, reader, width, height, **settings)
-    if settings.get("options") or settings.get("lossless"):
+        return VideoWriter(path, reader, width, height, options, overwrite=overwrite, part=part)
+    if options.options or options.lossless:
         raise MediaError(f"{path}: a folder of PNG files takes no encoder options")
-    overwrite = settings.get("overwrite", False)
-    return ImageFolderWriter(path, reader, width, height, overwrite=overwrite)
+    return ImageFolderWriter(path, reader, width, height, overwrite=overwrite, part=part)

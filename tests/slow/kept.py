@@ -18,6 +18,7 @@ import av
 import media
 import numpy as np
 
+from mana_triton.video.encoder import EncodeOptions
 from mana_triton.video.writer import open_reader, open_writer
 
 # what is known of other programs, from reading their code: yes, no, or how; "?" where it is not
@@ -125,7 +126,7 @@ def main() -> None:
             codec = "libvpx-vp9" if target == ".webm" else "libx264"
             with open_reader(source) as reader:
                 size = 2 * reader.width, 2 * reader.height
-                with open_writer(out, reader, *size, codec=codec) as writer:
+                with open_writer(out, reader, *size, EncodeOptions(codec)) as writer:
                     for frame in reader:
                         writer.write(frame.rgb.repeat(2, 0).repeat(2, 1), frame)
             before, after = facts(source), facts(out)

@@ -13,7 +13,17 @@ import media
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
-from test_video import DEMO, FAST, LOSSLESS, PICTURES, convert, hashes, read_all, read_subtitles
+from test_video import (
+    DEMO,
+    FAST,
+    LOSSLESS,
+    PICTURES,
+    convert,
+    encode_options,
+    hashes,
+    read_all,
+    read_subtitles,
+)
 
 from mana_triton.video import images
 from mana_triton.video.color import from_rgb
@@ -181,7 +191,7 @@ def test_a_stream_can_be_chosen(everything, tmp_path):
     path = everything(".mkv")
     with open_reader(path, stream=3) as reader:
         assert (reader.width, reader.height) == (48, 32)
-        with open_writer(tmp_path / "out.mkv", reader, 48, 32, options=FAST) as writer:
+        with open_writer(tmp_path / "out.mkv", reader, 48, 32, encode_options(FAST)) as writer:
             for frame in reader:
                 writer.write(frame.rgb, frame)
     assert hashes(tmp_path / "out.mkv", "video", 1) == hashes(path, "video", 0)

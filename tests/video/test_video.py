@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from mana_triton.video import reader as readers
+from mana_triton.video.encoder import EncodeOptions
 from mana_triton.video.timeline import Timeline
 from mana_triton.video.writer import (
     Frame,
@@ -49,14 +50,18 @@ def enlarge(rgb: np.ndarray, scale: int = 4) -> np.ndarray:
     return rgb.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
+def encode_options(options: dict[str, str] | None = None, **settings: Any) -> EncodeOptions:
+    return EncodeOptions(options=tuple((options or {}).items()), **settings)
+
+
 def convert(source: Path, target: Path, scale: int = 4, start=None, end=None, **settings):
     """Run the identity network over a file; returns reader and writer for their notes."""
     settings.setdefault("options", {} if "codec" in settings else FAST)
     with open_reader(source, start, end) as reader:
         size = scale * reader.width, scale * reader.height
-        if not target.suffix:
-            del settings["options"]
-        with open_writer(target, reader, *size, **settings) as writer:
+        overwrite = settings.pop("overwrite", False)
+        encode = encode_options(**settings) if target.suffix else EncodeOptions()
+        with open_writer(target, reader, *size, encode, overwrite=overwrite) as writer:
             for frame in reader:
                 writer.write(enlarge(frame.rgb, scale), frame)
     return reader, writer
@@ -814,9 +819,12 @@ def test_an_intact_file_is_not_called_truncated(rich, plain):
 )
 def test_encoder_memory_is_bounded(size, options, depth, plain, tmp_path):
     """The encoder writes into the stream what it really uses."""
+    width, height = size
     with (
         open_reader(plain) as reader,
-        VideoWriter(tmp_path / "out.mp4", reader, *size, options=options) as writer,
+        VideoWriter(
+            tmp_path / "out.mp4", reader, size[0], size[1], encode_options(options)
+        ) as writer,
     ):
         frame = next(iter(reader))
         writer.write(np.zeros((size[1], size[0], 3), np.uint8), frame)
@@ -832,7 +840,7 @@ def test_reading_and_writing_in_two_threads(plain, tmp_path):
     frames: queue.Queue = queue.Queue(maxsize=2)
     with (
         open_reader(plain) as reader,
-        open_writer(tmp_path / "out.mp4", reader, 192, 128, options=FAST) as writer,
+        open_writer(tmp_path / "out.mp4", reader, 192, 128, encode_options(FAST)) as writer,
     ):
 
         def decode() -> None:
@@ -950,9 +958,11 @@ def test_unwritable_output(name, settings, message, plain, tmp_path, capfd):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
-    size = {"width": 192, "height": 128} | settings
+    overwrite = settings.pop("overwrite", False)
+    width, height = settings.pop("width", 192), settings.pop("height", 128)
     with open_reader(source) as reader, pytest.raises(MediaError, match=message) as caught:
-        open_writer(tmp_path / name, reader, **size)
+        encode = encode_options(**settings)
+        open_writer(tmp_path / name, reader, width, height, encode, overwrite=overwrite)
     assert "\n" not in str(caught.value)
     assert ".part" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -1003,13 +1013,14 @@ def test_full_disk(suffix, plain, tmp_path):
     script = """
         import resource, signal, sys
         import numpy as np
+        from mana_triton.video.encoder import EncodeOptions
         from mana_triton.video.writer import MediaError, open_reader, open_writer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
         noise = np.random.default_rng(0)
         try:
             with open_reader(sys.argv[1]) as reader:
-                with open_writer(sys.argv[2], reader, 192, 128, crf=1) as writer:
+                with open_writer(sys.argv[2], reader, 192, 128, EncodeOptions(crf=1)) as writer:
                     for frame in reader:
                         writer.write(noise.integers(0, 255, (128, 192, 3), np.uint8), frame)
         except MediaError as error:
