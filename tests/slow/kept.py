@@ -19,7 +19,8 @@ import media
 import numpy as np
 
 from mana_triton.video.encoder import EncodeOptions
-from mana_triton.video.writer import open_reader, open_writer
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 # what is known of other programs, from reading their code: yes, no, or how; "?" where it is not
 PEERS = {

@@ -189,14 +189,6 @@ def test_a_few_damaged_files(intact):
     assert run(intact, 0, 420, 10302, 10427, 16777, 18087) == []
 
 
-def test_more_than_a_file_has_is_not_reserved(tmp_path):
-    (tmp_path / "a").write_bytes(b"abcdef")
-    with images._File(tmp_path / "a") as file:
-        assert (file.read(2), file.read(1 << 50), file.read(1), file.read()) == (
-            b"ab", b"cdef", b"", b"",
-        )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_thousands_of_damaged_files(intact):
