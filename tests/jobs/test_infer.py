@@ -368,42 +368,6 @@ def test_missing_gpu_is_one_line(clip, cli):
     assert "cuda" in stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do anything")
-@pytest.mark.parametrize("what", ["input", "output"])
-def test_denied_permission_is_one_line(what, clip, cli, tmp_path):
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    locked.chmod(0o500)
-    if what == "input":
-        clip.chmod(0)
-    code, summary, stderr = cli(clip, "-o", locked / "out.mp4")
-    locked.chmod(0o700)
-    assert (code, summary) == (1, {})
-    assert errors(stderr)[0].endswith("permission denied")
-    assert not any(locked.iterdir())
-
-
-def test_truncated_video_is_enlarged_as_far_as_it_decodes(cli, tmp_path):
-    source = write_ramps(tmp_path / "clip.mkv", 30)
-    source.write_bytes(source.read_bytes()[: source.stat().st_size * 6 // 10])
-    code, summary, stderr = cli(source, *FAST)
-    assert (code, errors(stderr)) == (0, [])
-    assert 5 < summary["frames"] < 30
-    assert len(read_all(tmp_path / "clip_x4.mkv")) == summary["frames"]
-    (warning,) = [line for line in stderr.splitlines() if line.startswith("warning: ")]
-    assert re.search(r"the video stops at 0\.\d+ s instead of 1\.20 s|frames damaged", warning)
-
-
-def test_bad_picture_leaves_nothing_behind(folder, cli):
-    path = folder / "frame10.png"
-    path.write_bytes(path.read_bytes()[:80])  # the header is whole
-    code, summary, stderr = cli(folder)
-    assert (code, summary) == (1, {})
-    assert errors(stderr) == [stderr.splitlines()[-1]]
-    assert stderr.splitlines()[-1].startswith(f"error: {path}: cannot read the picture: ")
-    assert sorted(folder.parent.iterdir()) == [folder]
-
-
 @pytest.mark.parametrize("status", ["VmRSS:\t  5 kB\n", "VmPeak: 1 kB\nVmHWM:\t    2048 kB\n"])
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(status, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda _: True)
