@@ -21,13 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config as tuning
+from . import config, layout
+from .layout import AMD, DTYPES, HEAD_DIMS
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(layout.LOG2_E)
 LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale
-HEADS = (16, 32, 64, 128)  # supported D
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-AMD = torch.version.hip is not None
 PROGRAMS = 256  # that share the pixels of dm, about two for each core of a large GPU
 
 
@@ -218,14 +216,11 @@ def _backward_kernel(
         )  # fmt: skip
 
 
-def _options(config: dict, n: int, dtype: torch.dtype, loss: bool, amd: bool) -> dict:
+def options(config: dict, n: int, dtype: torch.dtype, loss: bool, amd: bool = AMD) -> dict:
     """The constexprs of both kernels but D, and the launch options."""
-    # float32 in three tensor-core products; AMD's matrix units take it as it is
-    precision = "tf32x3" if dtype == torch.float32 and not amd else "ieee"
-    blocks = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
-    launch = {name: config[name] for name in ("num_warps", "num_stages")}
+    launch = {name: value for name, value in config.items() if name != "WARP_SPECIALIZE"}
     even = n % config["BLOCK_N"] == 0
-    return {**blocks, **launch, "EVEN_N": even, "LOSS": loss, "PRECISION": precision}
+    return {**launch, "EVEN_N": even, "LOSS": loss, "PRECISION": layout.precision(dtype, amd)}
 
 
 def forward(
@@ -253,7 +248,7 @@ def forward(
     with torch.cuda.device_of(q):
         _forward_kernel[(tiles,)](
             q, memory, scale, out, lse, delta, sums, pixels.numel(), n,
-            D=d, **_options(config, n, q.dtype, loss, AMD),
+            D=d, **options(config, n, q.dtype, loss),
         )  # fmt: skip
     return out, lse, delta, sums
 
@@ -291,48 +286,15 @@ def backward(
         _backward_kernel[(pixel_tiles + chunks * entry_tiles,)](
             q, memory, scale, do, y, lse, delta, upstream, dq, dm, dscale,
             pixels, n, pixel_tiles, chunk_tiles,
-            D=d, **_options(config, n, q.dtype, y is None, AMD),
+            D=d, **options(config, n, q.dtype, y is None),
         )  # fmt: skip
     return dq, dm.sum(0).to(memory.dtype), dscale.sum()
 
 
-def compile_jobs(
-    d: int, dtype: torch.dtype, config: dict, arch: str
-) -> dict[str, tuple[triton.JITFunction, dict[str, str], dict, list[str]]]:
-    """All that compiling the kernels takes: function, signature, constexprs, multiples of 16.
-
-    A name with a colon is a variant of the kernel before the colon, with its configuration.
-    """
-    float_type = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    typed = dict.fromkeys(("q_ptr", "m_ptr", "out_ptr", "do_ptr", "y_ptr", "dq_ptr"), float_type)
-    absent = {
-        "memory_forward": ("delta_ptr", "loss_ptr"),
-        "memory_forward:loss": (),
-        "memory_backward": ("delta_ptr", "upstream_ptr"),
-        "memory_backward:loss": ("y_ptr",),
-    }
-    jobs = {}
-    for name, missing in absent.items():
-        kernel = _forward_kernel if "forward" in name else _backward_kernel
-        options = _options(
-            config, config["BLOCK_N"], dtype, name.endswith("loss"), arch.startswith("gfx")
-        )
-        constexprs = {"D": d, **options, **dict.fromkeys(missing)}
-        constexprs = {key: constexprs[key] for key in kernel.arg_names if key in constexprs}
-        signature = {
-            key: typed.get(key, "*fp32" if key.endswith("_ptr") else "i32")
-            for key in kernel.arg_names
-            if key not in constexprs
-        }
-        divisible = [key for key in signature if key.endswith("_ptr") or key == "N"]
-        jobs[name] = kernel, signature, constexprs, divisible
-    return jobs
-
-
 def _check(q: Tensor, memory: Tensor) -> None:
-    if q.shape[-1] not in HEADS:
+    if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(
-            f"D must be one of {', '.join(map(str, HEADS))} for backend 'triton', "
+            f"D must be one of {', '.join(map(str, HEAD_DIMS))} for backend 'triton', "
             f"got {q.shape[-1]}; use backend 'tiled'"
         )
     if q.dtype not in DTYPES:
@@ -349,7 +311,7 @@ def _check(q: Tensor, memory: Tensor) -> None:
 
 def _config(kernel: str, q: Tensor) -> dict:
     height, width, d = q.shape[1:]
-    return tuning.launch_config(kernel, d, q.dtype, height, width, q.device)
+    return config.launch_config(kernel, d, q.dtype, height, width, q.device)
 
 
 @torch.library.custom_op("mana::memory_attention", mutates_args=())

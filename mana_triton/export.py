@@ -55,10 +55,10 @@ from torch.export import Dim, ExportedProgram
 
 from mana_triton.attention import TOLERANCE
 from mana_triton.checkpoint import WEIGHTS, CheckpointError, load, named_weights
+from mana_triton.files import write_atomically
 from mana_triton.kernels.tiled import _gaussian_outside
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE
-from mana_triton.training.progress import write_atomically
 
 OPSET = 18
 SUFFIXES = (".onnx", ".pt2")

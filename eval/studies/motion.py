@@ -2,10 +2,10 @@
 
     python eval/studies/motion.py --clips DATA/val --weights tiny=tiny none=B.safetensors
 
-cuts windows out of pictures (--stills) or of evenly spaced frames of clips: the six neighbors are
-the same scene shifted by a number of original pixels, each in another of six directions, by real
-content and not by warping. At 0 the neighbors are copies; beyond it they add samples between the
-pixels, for a network that finds them. Each network is also fed neighbors that optical flow (TV-L1
+cuts windows out of pictures (--stills) or of evenly spaced frames of clips. The six neighbors show
+the same scene shifted by a number of original pixels, each in another of six directions, with real
+content and no warping. At shift 0 the neighbors are copies; otherwise they add samples between the
+pixels, for a network that finds them. Each network is also given neighbors that optical flow (TV-L1
 of scikit-image, on the low-resolution frames) has warped onto the center frame, and the center
 frame seven times. The border that some shift leaves is never scored. The last line of stdout is one
 JSON object.
@@ -26,17 +26,17 @@ from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 
-from eval.datasets import write_atomically
 from mana_triton import checkpoint
 from mana_triton.checkpoint import CheckpointError
+from mana_triton.files import write_atomically
 from mana_triton.metrics import psnr, rgb_to_y
 from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.training.clips import (
     WINDOW,
     DataError,
-    degrade,
     open_clips,
 )
+from mana_triton.training.degradation import degrade
 
 SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels
 CENTER = WINDOW // 2
@@ -47,8 +47,8 @@ LINES = {ALONE: ":", ALIGNED: "--"}  # of the plot
 def window(picture: np.ndarray, shift: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Seven crops [7, size, size, 3] of a picture; the neighbors' lie `shift` pixels away.
 
-    The six directions are evenly spread and begin anywhere; the center crop does not depend on
-    the shift.
+    The six directions are evenly spread from a random one; the center crop does not depend on the
+    shift.
     """
     H, W, _ = picture.shape
     most = max(SHIFTS)
@@ -79,7 +79,7 @@ def aligned(lr: np.ndarray) -> np.ndarray:
 
 
 def pictures(args: argparse.Namespace) -> list[np.ndarray]:
-    """What windows are cut out of [H, W, 3]; of each clip as many frames."""
+    """The pictures [H, W, 3] that windows are cut from; the same number from each clip."""
     needed = args.size + 2 * max(SHIFTS)
     kind = "still" if args.stills else "clip"
     clips = open_clips(args.stills or args.clips, args.cache, kind=kind)
@@ -99,7 +99,7 @@ def pictures(args: argparse.Namespace) -> list[np.ndarray]:
 
 
 def windows(frames: list[np.ndarray], args: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
-    """(shift, frames [7, size, size, 3]) of every picture; one place for all shifts."""
+    """(shift, frames [7, size, size, 3]) of every picture; all shifts at one place."""
     for number, frame in enumerate(frames):
         for shift in SHIFTS:
             rng = np.random.Generator(np.random.Philox(seed=[args.seed, number]))
@@ -107,7 +107,7 @@ def windows(frames: list[np.ndarray], args: argparse.Namespace) -> Iterator[tupl
 
 
 def network(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Function of low-resolution frames [7, h, w, 3] to [4h, 4w, 3], both uint8."""
+    """A function of low-resolution frames [7, h, w, 3] that returns [4h, 4w, 3], both uint8."""
     model = checkpoint.load(path)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_data import write_video
+from footage import write_video
 from torch import nn
 
 from eval import datasets, report, run
@@ -32,8 +32,8 @@ from mana_triton import checkpoint, metrics
 from mana_triton.engine.upscaler import upscale
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.resize import upscale_bicubic
-from mana_triton.training.clips import DataError, degrade
-from mana_triton.training.degradation import compress
+from mana_triton.training.clips import DataError
+from mana_triton.training.degradation import compress, degrade
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -679,19 +678,8 @@ def test_init_from_starts_from_a_file(cache, tmp_path, uninterrupted):
     trainer = Trainer(arguments(cache, tmp_path, "--init-from", weights), CONFIG)
     loaded = checkpoint.load(weights).state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in trainer.model.state_dict().items())
-    with pytest.raises(TrainingError, match=r"preset tiny or one that .* channels must be .* 32 "):
+    with pytest.raises(TrainingError, match="must hold a model of --preset tiny"):
         Trainer(arguments(cache, tmp_path, "--init-from", "tiny"), CONFIG)
-
-
-def test_init_from_grows_smaller_weights(cache, tmp_path, uninterrupted):
-    """The same larger network each time, or a run could not be continued."""
-    larger = replace(CONFIG, channels=32, decoder_blocks=2)
-    args = arguments(cache, tmp_path, "--init-from", uninterrupted / "best.safetensors")
-    one, other = (Trainer(args, larger).model for _ in range(2))
-    small = checkpoint.load(args.init_from)
-    for (name, x), y in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-    assert torch.equal(one.conv_first.weight[:16], small.conv_first.weight)
 
 
 @pytest.mark.slow
