@@ -1,14 +1,6 @@
 """Unfinished work on the disk, and what it takes to continue there.
 
-While an output is made, its finished segments lie in a folder `<output>.parts`:
-
-    job.json        everything that must be the same for the work to continue
-    lock            held by the running process; the system releases it when that process dies
-    000000.packets  a segment of a video; segments of a folder of pictures are frames/*.png
-    000000.json     the ResumePoint after that segment, and the hashes of its files
-    joined.mp4      the output, until it gets its name
-    complete        the output is about to get its name
-
+While an output is made, its finished segments lie in a folder `<output>.parts`, see docs/resume.md.
 A segment counts once its .json exists, which is written after the segment's bytes are on the disk.
 The next run deletes all that no .json names.
 """

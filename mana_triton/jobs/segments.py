@@ -141,7 +141,12 @@ class ResumableWriter:
     def _publish(self) -> None:
         encode, overwrite = self._options.encode, self._options.overwrite
         writer = VideoWriter(
-            self.path, self._reader, *self._size, encode, overwrite=overwrite, part=self.parts.joined
+            self.path,
+            self._reader,
+            *self._size,
+            encode,
+            overwrite=overwrite,
+            part=self.parts.joined,
         )
         try:
             for packet in self._packets(writer.time_base):

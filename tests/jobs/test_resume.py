@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -26,6 +27,7 @@ from PIL import Image
 from mana_triton import checkpoint
 from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.engine.upscaler import EngineOptions, Upscaler
+from mana_triton.infer import parse_options
 from mana_triton.jobs import job
 from mana_triton.jobs.options import JobOptions
 from mana_triton.jobs.resume import PartsFolder, ResumePoint, frames_from, input_hash, track_scenes
@@ -136,8 +138,8 @@ def test_input_hash_depends_on_names_times_sizes_and_content(tmp_path):
     ("flags", "changed"),
     [
         (["--crf", "20"], "crf 18.0 (now 20.0)"),
-        (["-e", "preset=medium"], "-e preset veryfast (now medium)"),
-        (["--segment", "7"], "segment 6 (now 7)"),
+        (["-e", "preset=fast"], "-e preset None (now fast)"),
+        (["--segment", "7"], "segment 250 (now 7)"),
         (["--end", "9"], "end None (now 9.0)"),
         (["--compare"], "compare False (now True)"),
         (["--lossless"], "lossless False (now True)"),
@@ -146,10 +148,21 @@ def test_input_hash_depends_on_names_times_sizes_and_content(tmp_path):
         (["--precision", "bf16"], "precision fp32 (now bf16)"),
     ],
 )
-def test_other_settings_are_refused(flags, changed, started, runner, whole, tmp_path):
+def test_other_settings_are_another_job(flags, changed, weights, tmp_path):
+    jobs = []
+    for arguments in ([], flags):
+        options = parse_options(["in.mp4", *arguments])
+        upscaler = Upscaler(weights, options.engine)
+        jobs.append(job.identity(upscaler, upscaler.plan(12, 16), options))
+    PartsFolder(tmp_path / "out.mp4", jobs[0])._lock.release()
+    with pytest.raises(MediaError, match=f": was started with {re.escape(changed)}; "):
+        PartsFolder(tmp_path / "out.mp4", jobs[1])
+
+
+def test_refused_work_is_kept(started, runner, whole, tmp_path):
     parts = tmp_path / "clip_x4.mp4.parts"
     before = {file: file.read_bytes() for file in parts.iterdir()}
-    assert_refused(runner(*started, *flags), changed, parts)
+    assert_refused(runner(*started, "--crf", 20), "crf 18.0 (now 20.0)", parts)
     assert {file: file.read_bytes() for file in parts.iterdir()} == before
     run = runner(*started)
     assert (run.code, run.summary["resumed"]) == (0, 15)
