@@ -36,8 +36,9 @@ from eval.bench import (
     write_clip,
 )
 from mana_triton import MANA, MANAConfig, cross_frame_attention, host, load
+from mana_triton.attention import STREAM_TOLERANCE
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import DTYPES, TOLERANCE, Upscaler
+from mana_triton.engine.upscaler import DTYPES, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.resize import SCALE
 from mana_triton.video.writer import open_reader, open_writer
@@ -299,7 +300,7 @@ def compare_attention(
     del dense
     squared_distances.cache_clear()
     visited: float = cross_frame_attention(
-        *inputs[:4], scale=inputs[4], backend=backend, return_visited=True
+        *inputs[:4], scale=inputs[4], backend=backend, return_density=True
     )[1]
     variants = {
         name: functools.partial(f, *inputs) for name, f in ({BOUND: _unmasked} | functions).items()
@@ -470,7 +471,7 @@ def compare_stages(
         return run
 
     def attention(q: Tensor, *args, **kwargs):
-        *result, share = cross_frame_attention(q, *args, **kwargs, return_visited=True)
+        *result, share = cross_frame_attention(q, *args, **kwargs, return_density=True)
         shares.append(share * q.shape[1] / size[0])
         return result if len(result) > 1 else result[0]
 
@@ -538,7 +539,12 @@ def compare_video(size: tuple[int, int], frames: int = 12, rounds: int = 3) -> l
 def _conditions(preset: str, precision: str) -> dict[str, Any]:
     """What the tables of a preset are measured with."""
     weights = "shipped" if preset in named_weights() else "random"
-    return {"weights": weights, "content": CONTENT, "tolerance": TOLERANCE, "dtype": precision}
+    return {
+        "weights": weights,
+        "content": CONTENT,
+        "tolerance": STREAM_TOLERANCE,
+        "dtype": precision,
+    }
 
 
 def compare(

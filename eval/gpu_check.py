@@ -172,9 +172,9 @@ def compare(height: int, width: int, deadline: float) -> list[dict[str, Any]]:
             q, k, v, sigma, scale,
             gaussian="bias", offsets=False, tolerance=TOLERANCE, first_row=0,
         )  # fmt: skip
-        visited = float(cross_frame.visited_fraction(result, q, k, 0))
+        visited = float(cross_frame.density(result.window_radius, q, k, 0))
     compiled = torch.compile(flex_attention, dynamic=False)
-    mask = block_mask(result.halo, height, width)
+    mask = block_mask(result.window_radius, height, width)
     dense = FRAMES * (height * width) ** 2
     # bytes of the [HW, HW] temporaries, forward and backward
     contestants: dict[str, tuple[Callable, int]] = {
@@ -316,7 +316,7 @@ def visited_by(model: MANA, pictures: np.ndarray) -> float:
     q = model.queries(f, *norm)[:1]
     return cross_frame_attention(
         q, k[None], v[None], model.sigma, scale=model.scale,
-        tolerance=model.tolerance, backend=model.backend, return_visited=True,
+        tolerance=model.tolerance, backend=model.backend, return_density=True,
     )[1]  # fmt: skip
 
 

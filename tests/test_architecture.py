@@ -1,4 +1,4 @@
-"""Imports flow one way: eval -> jobs, training -> engine, video -> model -> attention -> kernels."""
+"""Imports flow one way: eval > jobs, training > engine, video > model > attention > kernels."""
 
 import ast
 from pathlib import Path

@@ -37,17 +37,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mana_triton.attention import choose_backend
+from mana_triton.attention import STREAM_TOLERANCE, choose_backend
 from mana_triton.checkpoint import load
 from mana_triton.engine import plan as planner
 from mana_triton.engine.feature_cache import Batches, Finish, Results
 from mana_triton.engine.plan import Plan
-from mana_triton.kernels.tiled import certified_radius
+from mana_triton.kernels.reference import inv_2sigma2
+from mana_triton.kernels.strips import certified_radius, log_gaussian_outside
 from mana_triton.model import MANA, Features
 from mana_triton.resize import MAX_VALUE, SCALE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = 0.03  # of the attention's certificate: on real clips below 0.001 of a step of 8 bits
 
 Picture = np.ndarray | Tensor
 P = ParamSpec("P")
@@ -201,7 +201,7 @@ class Upscaler:
         self.model = copy.deepcopy(model) if isinstance(model, MANA) else load(model)
         self.model.eval().to(self.device, DTYPES[self.precision])
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.model.backend, self.model.tolerance = self.backend, TOLERANCE
+        self.model.backend, self.model.tolerance = self.backend, STREAM_TOLERANCE
         self.description = (
             f"{self.device.type}, {self.precision} ({why}), attention by {self.backend} ({reason})"
         )
@@ -538,13 +538,13 @@ class Upscaler:
             ]
             k, v = (torch.stack(x, 1) for x in zip(*parts, strict=True))
             del parts
-            radius = certified_radius(
+            radius = _radius_of_rows(
                 F.normalize(q, dim=-1) if cosine else q,
                 k[:, :, top - first : bottom - first],
                 longest.to(k.device),
                 model.sigma,
                 torch.as_tensor(model.scale, device=k.device),
-                TOLERANCE,
+                STREAM_TOLERANCE,
             )
             if radius <= reach or (first == 0 and last == height):
                 break
@@ -877,3 +877,19 @@ def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event, wait
     finally:
         if isinstance(items, Generator):
             items.close()
+
+
+def _radius_of_rows(
+    q: Tensor, k: Tensor, longest: Tensor, sigma: Tensor, scale: Tensor, eta: float
+) -> int:
+    """The certified window radius of queries q [B, h, W, D] by the keys k of the same pixels."""
+    length = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64)
+    spread = torch.tensor(0.0, dtype=torch.float64)
+    for t in range(k.shape[1]):
+        own = (q * k[:, t]).sum(-1, dtype=torch.float64)
+        most = length * longest[:, t, None, None] - own
+        spread = torch.maximum(spread, (most * scale).amax().cpu())
+    # far beyond what any radius is: where the Gaussian alone is below eta
+    enough = math.ceil(math.sqrt(2 * (spread.item() - math.log(eta) + 40)) * sigma.item()) + 1
+    outside = log_gaussian_outside(inv_2sigma2(sigma.double()).item(), enough)
+    return int(certified_radius(spread, outside, eta))

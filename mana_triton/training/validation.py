@@ -143,7 +143,7 @@ def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
         scale=model.scale,
         tolerance=model.tolerance,
         backend=model.backend,
-        return_visited=True,
+        return_density=True,
     )
     if config.memory_slots > 1:
         p = torch.softmax(q.flatten(0, 2) @ model.memory * q.shape[-1] ** -0.5, dim=-1)
