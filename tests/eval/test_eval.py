@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from footage import write_video
 from PIL import Image
 from safetensors.torch import save_file
-from footage import write_video
 from torch import nn
 
 from eval import datasets, report, run
