@@ -103,11 +103,16 @@ class Source:
     files: tuple[Path, ...]
     one_scene: bool = False
 
+    @property
+    def key(self) -> str:
+        """What tells it from all other sources."""
+        return str(self.place.resolve())
+
     def stamp(self) -> dict:
-        """Number, size and time of the files: what identifies the content without reading it."""
+        """What identifies the content without reading it."""
         stats = [file.stat() for file in self.files]
-        size = sum(stat.st_size for stat in stats)
-        return {"files": len(stats), "size": size, "mtime_ns": max(s.st_mtime_ns for s in stats)}
+        size, time = sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
+        return {"kind": self.kind, "files": len(stats), "size": size, "mtime_ns": time}
 
     def frames(self) -> Iterator[np.ndarray]:
         """The frames [H, W, 3] uint8 RGB, with the colors and fields that `infer` decodes.
@@ -289,11 +294,9 @@ def _decode(sources: list[Source], cache: Path) -> list[Clip]:
     try:
         with decode_progress() as progress:
             for source in progress.track(sources, description=f"decoding into {cache}"):
-                key = str(source.place.resolve())
-                stamp = source.stamp() | {"kind": source.kind}
-                entry = index.get(key, {})
-                if not stamp.items() <= entry.items() or not (cache / entry["file"]).is_file():
-                    index[key] = entry = _decode_one(source, key, cache) | stamp
+                entry = decoded(source, index, cache)
+                if entry is None:
+                    index[source.key] = entry = decode(source, cache)
                     if time.monotonic() > saved + 5:
                         write_index(cache, index)
                         saved = time.monotonic()
@@ -303,32 +306,49 @@ def _decode(sources: list[Source], cache: Path) -> list[Clip]:
     return clips
 
 
+def decoded(source: Source, index: dict[str, dict], cache: Path) -> dict | None:
+    """The entry of a source in the index, if its file is there and the source did not change."""
+    entry = index.get(source.key, {})
+    fresh = source.stamp().items() <= entry.items() and (cache / entry["file"]).is_file()
+    return entry if fresh else None
+
+
+def decode(source: Source, cache: Path, smallest: int = 1, shortest: int = 1) -> dict:
+    """Decode a source into the cache, and look for its cuts.
+
+    Returns:
+        Its entry of the index.
+
+    Raises:
+        DataError: the source is unreadable, a side has fewer than `smallest` pixels, or there are
+            fewer than `shortest` frames.
+    """
+    detector = CutDetector()
+    cuts: list[int] = []
+
+    def checked() -> Iterator[np.ndarray]:
+        number = -1
+        for number, frame in enumerate(source.frames()):
+            if min(frame.shape[:2]) < smallest:
+                raise DataError(f"a side of fewer than {smallest} pixels")
+            yield frame  # whose size is checked where it is written
+            if not source.one_scene and detector.is_cut(frame):
+                cuts.append(number)
+        if number + 1 < shortest:
+            raise DataError(f"fewer than {shortest} frames")
+
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in source.name)
+    file = f"{safe}-{hashlib.sha256(source.key.encode()).hexdigest()[:8]}.npy"
+    shape = write_frames(cache / file, checked(), str(source.place))
+    entry = {"name": source.name, "file": file, "shape": list(shape), "cuts": cuts}
+    return entry | source.stamp()
+
+
 def decode_progress() -> Progress:
     """A progress bar on stderr, only on a terminal."""
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
-def _decode_one(source: Source, key: str, cache: Path) -> dict:
-    detector = CutDetector()
-    cuts: list[int] = []
-
-    def watched() -> Iterator[np.ndarray]:
-        for number, frame in enumerate(source.frames()):
-            if not source.one_scene and detector.is_cut(frame):
-                cuts.append(number)
-            yield frame
-
-    file = npy_name(source.name, key)
-    shape = write_frames(cache / file, watched(), str(source.place))
-    return {"name": source.name, "file": file, "shape": list(shape), "cuts": cuts}
-
-
-def npy_name(name: str, key: str) -> str:
-    """A file name for a source: its own, and a hash of the key that tells it from others."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npy"
 
 
 def write_frames(path: Path, frames: Iterable[np.ndarray], origin: str) -> tuple[int, ...]:

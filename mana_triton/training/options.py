@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009  (`flag` makes a field)
 """Options of the training programs: a frozen dataclass is the only list of a program's flags."""
 
 import argparse
@@ -13,34 +14,41 @@ T = TypeVar("T")
 
 
 def flag(default: Any, help: str, *choices: str) -> Any:
-    """A field that is a flag of the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices or None})
+    """A field that is a flag of the command line; `...` for no default."""
+    return field(
+        default=MISSING if default is ... else default,
+        metadata={"help": help, "choices": choices or None},
+    )
 
 
 def parse_options(cls: type[T], prog: str, description: str | None, argv: list[str] | None) -> T:
     """The options of a command line; wrong usage exits with code 2.
 
-    A field without a default is a required flag, a tuple takes several values, and a bool none.
-    A ValueError of the dataclass is wrong usage.
+    A tuple takes several values, a bool none. A field without a default is required, and a tuple
+    without one has no flag before it. A ValueError of the dataclass is wrong usage.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for option in fields(cls):  # pyright: ignore[reportArgumentType]
         name, default = f"--{option.name.replace('_', '-')}", option.default
-        known = {} if default is MISSING else {"default": default}
-        text = option.metadata["help"]
-        if option.type is bool:
+        text, kind = option.metadata["help"], option.type
+        if kind is bool:
             parser.add_argument(name, action="store_true", help=text)
             continue
-        kind, several = option.type, get_origin(option.type) is tuple
-        if several or isinstance(kind, types.UnionType):
+        more: dict[str, Any] = {"choices": option.metadata["choices"]}
+        if get_origin(kind) is tuple:
+            more["nargs"] = "+"
+        if isinstance(kind, types.UnionType) or "nargs" in more:
             kind = get_args(kind)[0]
-        text += f" ({default})" if default not in (MISSING, None, ()) else ""
-        parser.add_argument(
-            name, type=kind, nargs="+" if several else None, choices=option.metadata["choices"],
-            help=text, required=default is MISSING, **known,
-        )  # fmt: skip
+        if default is not MISSING:
+            more["default"] = default
+            text += f" ({default})" if default not in (None, ()) else ""
+        elif "nargs" in more:
+            name = option.name
+        else:
+            more["required"] = True
+        parser.add_argument(name, type=kind, help=text, **more)
     values = vars(parser.parse_args(argv))
     try:
         return cls(**{k: tuple(x) if isinstance(x, list) else x for k, x in values.items()})

@@ -150,8 +150,8 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for i, (x, y) in enumerate(zip(lr.chunk(parts), hr.chunk(parts), strict=True), 1):
-            waits = i < parts and isinstance(self.loss, DistributedDataParallel)
-            with self.loss.no_sync() if waits else nullcontext():
+            wrapped = self.loss if isinstance(self.loss, DistributedDataParallel) else None
+            with wrapped.no_sync() if wrapped and i < parts else nullcontext():
                 part = self._loss_of(x, y) / parts
                 part.backward()
             loss += part.detach()
@@ -321,8 +321,9 @@ class Trainer:
             scores = self.validation.measure(model, self.device)
             self.log.add(self.iteration, **scores)
             self._say(
-                f"iteration {self.iteration}: validation {scores['psnr_db']:.3f} dB, center frame "
-                f"alone {scores['center_only_psnr_db']:.3f}, bicubic {scores['bicubic_psnr_db']:.3f}"
+                f"iteration {self.iteration}: validation {scores['psnr_db']:.3f} dB, "
+                f"center frame alone {scores['center_only_psnr_db']:.3f}, "
+                f"bicubic {scores['bicubic_psnr_db']:.3f}"
             )
             if self.log.writer:
                 picture = self.validation.picture(model, self.device)

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from test_data import write_pictures
+from footage import textured, write_pictures
+from PIL import Image
 
+from mana_triton.resize import upscale_bicubic
 from mana_triton.training import clips as data
 from mana_triton.training import degradation as real
-from mana_triton.training.clips import DataError, Sampler
-from mana_triton.training.degradation import Recipe
+from mana_triton.training.clips import DataError
+from mana_triton.training.degradation import Recipe, degrade
+from mana_triton.training.sampler import Sampler
+
+FIXTURE = Path(__file__).parents[3] / "shared" / "data" / "metrics" / "matlab_imresize_x4.npz"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,13 +44,97 @@ def clips(tmp_path_factory) -> tuple[list[data.Clip], list[data.Clip]]:
     for number, (name, kind, T) in enumerate((("walk", "clip", 14), ("tree", "still", 1))):
         frames = scene(number, T)
         np.save(root / f"{name}.npy", frames)
-        index[name] = {"name": name, "kind": kind, "file": f"{name}.npy", "shape": frames.shape}
+        index[name] = {
+            "name": name,
+            "kind": kind,
+            "file": f"{name}.npy",
+            "shape": frames.shape,
+            "cuts": [],
+        }
     (root / data.INDEX).write_text(json.dumps(index))
     return data.open_clips([root], root), data.open_clips([root], root, kind="still")
 
 
 def degraded(frames: np.ndarray, recipe: Recipe) -> np.ndarray:
     return np.stack(list(real.degrade_clip(frames, recipe)))
+
+
+# ---- degradations
+
+
+@pytest.mark.skipif(not FIXTURE.is_file(), reason="the recorded MATLAB output is not here")
+def test_matlab_bicubic_reproduces_matlab():
+    with np.load(FIXTURE) as fixture:
+        hr, lr = torch.from_numpy(fixture["hr"]), fixture["lr"]
+    np.testing.assert_array_equal(degrade(hr, "matlab_bicubic").numpy(), lr)
+    np.testing.assert_array_equal(degrade(hr.expand(2, 3, -1, -1, -1)).numpy()[1, 2], lr)
+
+
+def exact_bicubic_row(row: list[int], factor: Fraction, length: int) -> list[Fraction]:
+    """Keys' cubic in rational numbers, one output pixel after the other."""
+    stretch = max(Fraction(1), 1 / factor)
+    out = []
+    for i in range(length):
+        center = (i + Fraction(1, 2)) / factor - Fraction(1, 2)
+        total = norm = Fraction(0)
+        for j in range(int(center - 2 * stretch) - 2, int(center + 2 * stretch) + 3):
+            x = abs(center - j) / stretch
+            if x >= 2:
+                continue
+            if x <= 1:
+                weight = (3 * x**3 - 5 * x**2 + 2) / 2
+            else:
+                weight = (-(x**3) + 5 * x**2 - 8 * x + 4) / 2
+            mirrored = -1 - j if j < 0 else 2 * len(row) - 1 - j if j >= len(row) else j
+            total += weight * row[mirrored]
+            norm += weight
+        out.append(total / norm)
+    return out
+
+
+@pytest.mark.parametrize("factor", [Fraction(1, 4), Fraction(4)], ids=["shrink", "enlarge"])
+def test_resizing_equals_rational_arithmetic(factor):
+    """The float computation is exact, also at ties, where a last bit decides the rounding."""
+    H, W = (16, 20) if factor < 1 else (5, 6)
+    picture = np.random.default_rng(1).choice([0, 128, 255], (H, W, 3)).astype(np.uint8)
+    resize = degrade if factor < 1 else upscale_bicubic
+    actual = resize(torch.from_numpy(picture)).numpy()
+    for channel in range(3):
+        rows = picture[:, :, channel].tolist()
+        rows = [exact_bicubic_row(row, factor, int(W * factor)) for row in rows]
+        columns = zip(*rows, strict=True)
+        columns = [exact_bicubic_row(list(c), factor, int(H * factor)) for c in columns]
+        exact = [[min(255, max(0, int((x + Fraction(1, 2)) // 1))) for x in c] for c in columns]
+        np.testing.assert_array_equal(actual[:, :, channel], np.array(exact).T)
+
+
+def test_pil_bicubic_is_pillows():
+    hr = textured(np.random.default_rng(2), 3, 24, 32)
+    expected = np.asarray(Image.fromarray(hr[1]).resize((8, 6), Image.Resampling.BICUBIC))
+    actual = degrade(torch.from_numpy(hr), "pil_bicubic").numpy()
+    np.testing.assert_array_equal(actual[1], expected)
+
+
+def test_a_constant_picture_stays_constant():
+    hr = torch.full((2, 16, 12, 3), 77, dtype=torch.uint8)
+    for method in real.DEGRADATIONS:
+        assert (degrade(hr, method) == 77).all()
+    assert (upscale_bicubic(hr) == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("hr", "method", "message"),
+    [
+        (torch.zeros(10, 16, 3, dtype=torch.uint8), "matlab_bicubic", "10x16; crop to 8x16"),
+        (torch.zeros(0, 16, 3, dtype=torch.uint8), "matlab_bicubic", "multiples of 4"),
+        (torch.zeros(8, 16, 3), "matlab_bicubic", "uint8, got .* torch.float32"),
+        (torch.zeros(3, 8, 16, dtype=torch.uint8), "matlab_bicubic", r"got \[3, 8, 16\]"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), "cubic", "one of matlab_bicubic, pil_bicubic"),
+    ],
+)
+def test_degrade_explains_wrong_input(hr, method, message):
+    with pytest.raises(ValueError, match=message):
+        degrade(hr, method)
 
 
 # ---- recipes
@@ -69,7 +159,7 @@ def test_recipes_are_drawn_again_alike():
 
 def test_a_plain_recipe_is_the_usual_degradation():
     frames = scene(0, 2)
-    expected = data.degrade(torch.from_numpy(frames[:, 3:83, 1:97]))
+    expected = degrade(torch.from_numpy(frames[:, 3:83, 1:97]))
     assert np.array_equal(degraded(frames, Recipe(top=3, left=1)), expected)
 
 
