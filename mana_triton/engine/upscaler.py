@@ -129,7 +129,7 @@ class Upscaler:
     def __init__(
         self,
         model: MANA | str | Path = "tiny",
-        options: EngineOptions = EngineOptions(),  # noqa: B008
+        options: EngineOptions = EngineOptions(),
     ):
         self.options = options
         self.device = _choose_device(options.device)
