@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import mana_triton
 from mana_triton import checkpoint
+from mana_triton.attention import STREAM_TOLERANCE
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.engine import upscaler as engine
 from mana_triton.engine.scene_cuts import CutDetector
-from mana_triton.engine.upscaler import TOLERANCE, EngineOptions, Upscaler, fastest_on_cpu, upscale
+from mana_triton.engine.upscaler import EngineOptions, Upscaler, fastest_on_cpu, upscale
 from mana_triton.engine.window import mirror, window_numbers
 from mana_triton.model import MANA, Features
 from mana_triton.video.color import Color, rgb_to_yuv
@@ -74,7 +75,7 @@ def whole_clip(model: MANA, frames: Tensor) -> Tensor:
     windows = [padded[center : center + CONFIG.frames] for center in range(len(frames))]
     with torch.inference_mode():
         return torch.cat(
-            [reference(frames[window][None], tolerance=TOLERANCE) for window in windows]
+            [reference(frames[window][None], tolerance=STREAM_TOLERANCE) for window in windows]
         )
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import upscale
 from mana_triton.kernels import config, cross_frame, projection, reference
 from mana_triton.kernels.layout import TILE, tiles_in, to_tiles
 
@@ -392,8 +392,8 @@ def test_batches_of_tiles_equal_a_stream_without_triton(options, blocks):
     frames = torch.rand(3, 3, 5, 17)
 
     def enlarged(frames: Tensor, **how: Any) -> Tensor:
-        upscaler = Upscaler(model, device=DEVICE, scene_cuts=False, **how)
-        return torch.stack([torch.as_tensor(x) for x in upscaler.stream(frames)])
+        large = upscale(frames, model, device=DEVICE, scene_cuts=False, **how)
+        return torch.stack([torch.as_tensor(x) for x in large])
 
     rows = enlarged(frames, backend="tiled", batch=0)
     frozen = enlarged(frames[:1], backend="tiled", batch=0)
