@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import baselines
 from eval.timing import Roofline, Row, extra_mib, find_roofline, measure, summarize
 from mana_triton import MANA, MANAConfig, cross_frame_attention, load
-from mana_triton.attention import TOLERANCE
+from mana_triton.attention import STREAM_TOLERANCE, TOLERANCE
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import TOLERANCE as STREAM_TOLERANCE
 from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.model import PRECISIONS
@@ -157,7 +156,7 @@ def attention_rows(
     functions = {BOUND: baselines.plain_sdpa} | contestants(backend, inputs)
     with torch.no_grad():
         density = cross_frame_attention(
-            q, k, v, sigma, scale=scale, backend=backend, return_visited=True
+            q, k, v, sigma, scale=scale, backend=backend, return_density=True
         )[1]
         exact = baselines.dense(q, k, v, sigma, scale)
     runs: dict[str, Callable[[], Any]] = {}
@@ -330,7 +329,7 @@ def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     match = torch.nn.functional.normalize(q, dim=-1) if model.config.match == "cosine" else q
     density = cross_frame_attention(
         match, k, v, model.sigma,
-        gaussian=model.config.gaussian, scale=model.scale, return_visited=True, **attention,
+        gaussian=model.config.gaussian, scale=model.scale, return_density=True, **attention,
     )[1]  # fmt: skip
 
     def encode() -> None:
