@@ -18,7 +18,7 @@ from mana_triton import MANA, MANAConfig
 from mana_triton.engine import upscaler as stream
 from mana_triton.engine.feature_cache import Batches, Graph
 from mana_triton.engine.upscaler import Upscaler
-from mana_triton.video.yuv import Color, rgb_to_yuv, yuv_to_rgb
+from mana_triton.video.color import Color, rgb_to_yuv, yuv_to_rgb
 
 CONFIG = MANAConfig(
     channels=32, encoder_blocks=2, decoder_blocks=4, memory_slots=16, match="cosine", offsets=True

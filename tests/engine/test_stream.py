@@ -33,8 +33,8 @@ from mana_triton.engine.upscaler import (
     upscale,
 )
 from mana_triton.model import MANA, Features, MANAConfig
-from mana_triton.video.writer import open_reader
-from mana_triton.video.yuv import Color, rgb_to_yuv
+from mana_triton.video.color import Color, rgb_to_yuv
+from mana_triton.video.reader import open_reader
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT.parent / "shared" / "data" / "demo"

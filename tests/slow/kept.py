@@ -17,7 +17,8 @@ import media
 import numpy as np
 
 from mana_triton.video.encoder import EncodeOptions
-from mana_triton.video.writer import open_reader, open_writer
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 TARGETS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts")
 TEXT = "1\n00:00:00,100 --> 00:00:00,500\none\n\n2\n00:00:00,600 --> 00:00:00,900\ntwo\n"
