@@ -31,7 +31,6 @@ stopped (one line says why), 2 wrong usage.
 import argparse
 import copy
 import functools
-import hashlib
 import json
 import math
 import re
@@ -55,7 +54,7 @@ from torch.export import Dim, ExportedProgram
 
 from mana_triton.attention import TOLERANCE
 from mana_triton.checkpoint import WEIGHTS, CheckpointError, load, named_weights
-from mana_triton.files import write_atomically
+from mana_triton.files import content_hash, write_atomically
 from mana_triton.kernels.tiled import _gaussian_outside
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE
@@ -175,7 +174,6 @@ def program(model: MANA, height: int, width: int) -> ExportedProgram:
     """
     division = layout(model, height, width)
     model = copy.deepcopy(model).eval().float().cpu()
-    model.backend = "tiled"
     frames = torch.zeros(2, model.config.frames, 3, height, width)
     # what it has seen before, of another size, would make the loop's sizes unknown
     torch.compiler.reset()
@@ -327,7 +325,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.weights)
     named = args.weights in named_weights()
     file = WEIGHTS / f"{args.weights}.safetensors" if named else Path(args.weights)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = content_hash(file)
     division = layout(model, height, width)
     reach = "every key" if division.radius >= max(height, width) else (
         f"keys up to {division.radius} pixels away"
@@ -339,7 +337,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     about = {"weights": args.weights, "weights_sha256": digest}
     content, worst = export(model, height, width, output.suffix, about)
-    write_atomically(output, lambda part: part.write_bytes(content))
+    write_atomically(output, content)
     opset = OPSET if output.suffix == ".onnx" else None
     console.print(
         f"{output}: {len(content) / 2**20:.1f} MiB"

@@ -1,8 +1,8 @@
 """Enlarge videos and pictures four times: the command line of `mana_triton.jobs`."""
 
-from mana_triton import host
+from mana_triton import runtime
 
-host.tune()  # before torch is imported
+runtime.configure_process()  # before torch is imported
 
 import argparse
 import json

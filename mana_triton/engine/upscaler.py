@@ -15,7 +15,7 @@ import contextlib
 import copy
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -129,7 +129,7 @@ class Upscaler:
     def __init__(
         self,
         model: MANA | str | Path = "tiny",
-        options: EngineOptions = EngineOptions(),  # noqa: B008
+        options: EngineOptions = EngineOptions(),
     ):
         self.options = options
         self.device = _choose_device(options.device)
@@ -188,7 +188,7 @@ class Upscaler:
         start: int = 0,
         skip: int = 0,
         postprocess: Postprocess | None = None,
-    ) -> Iterator[Enlarged]:
+    ) -> Generator[Enlarged, None, None]:
         """Enlarge frames one after the other; memory does not grow with their number.
 
         To continue a stream that was interrupted before frame n, give the frames from
@@ -269,7 +269,7 @@ class Upscaler:
 
     def _enlarged(
         self, frames: Iterator[_Frame], like: Tensor, done: int, postprocess: Postprocess | None
-    ) -> Iterator[tuple[_Frame, Any]]:
+    ) -> Generator[tuple[_Frame, Any], None, None]:
         """Frames from the number `done` on, and their results, by the present plan."""
         height, width = like.shape[:2]
         plan = self.plan(height, width)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from mana_triton.engine.upscaler import CutDetector
+from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.files import (
     PICTURES,
     VIDEOS,

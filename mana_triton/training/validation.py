@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mana_triton.engine.upscaler import window_numbers
+from mana_triton.engine.window import window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.training.clips import WINDOW, Clip

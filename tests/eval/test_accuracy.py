@@ -51,9 +51,11 @@ def test_reference_is_the_network(clips, tiny):
     windows = torch.stack([lr[[1, 0, 1, 0, 1, 0, 1]], lr[[0, 1, 0, 1, 0, 1, 0]]])
     exact = load("tiny").double()
     eager = load("tiny")
-    exact.backend = eager.backend = "reference"
     with torch.no_grad():
-        truth, plain = exact(windows).clamp(0, 1), eager(windows.float()).clamp(0, 1)
+        truth, plain = (
+            model(x, backend="reference").clamp(0, 1)
+            for model, x in ((exact, windows), (eager, windows.float()))
+        )
     actual = accuracy.reference_frames(tiny, lr.float())
     assert_as_accurate("reference", actual, plain, truth, torch.float32)
 

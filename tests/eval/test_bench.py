@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from eval import accuracy, bench, compare, run
 from eval import baselines as peers
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.model import MANA, MANAConfig
 
@@ -189,15 +189,15 @@ def test_naive_is_left_out_where_its_tables_do_not_fit(monkeypatch):
 def test_several_frames_at_once_are_counted():
     clip = np.zeros((4, 8, 10, 3), np.uint8)
     for upscaler, name, together in (
-        (Upscaler("tiny", batch=3), "ours, 3 in a batch", 3),
-        (Upscaler("tiny", workers=2), "ours, 2 side by side", 4),
+        (Upscaler("tiny", EngineOptions(batch=3)), "ours, 3 in a batch", 3),
+        (Upscaler("tiny", EngineOptions(workers=2)), "ours, 2 side by side", 4),
     ):
         several, count = compare._several(upscaler, clip)
         assert (list(several), count) == ([name], together)
         with torch.inference_mode():
             for _ in range(2):
                 assert len(several[name]()) == together
-    assert compare._several(Upscaler("tiny", workers=1), clip) == ({}, 1)
+    assert compare._several(Upscaler("tiny", EngineOptions(workers=1)), clip) == ({}, 1)
 
 
 def test_command(monkeypatch, tmp_path, capsys):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import upscale
 from mana_triton.kernels import config as tuning
 from mana_triton.kernels import cross_frame, projection, reference
 from mana_triton.kernels.layout import TILE, tiles_in, to_tiles
@@ -377,7 +377,7 @@ def test_refused_tiles(changes, message):
         )  # fmt: skip
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_batches.py compares streams on a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="test_feature_cache.py compares streams on a GPU")
 @pytest.mark.parametrize(
     "options",
     [{"match": "cosine", "offsets": True}, {"gaussian": "gate", "memory_slots": 0}],
@@ -393,11 +393,11 @@ def test_batches_of_tiles_equal_a_stream_without_triton(options, blocks):
     frames = torch.rand(3, 3, 5, 17)
 
     def enlarged(frames: Tensor, **how: Any) -> Tensor:
-        upscaler = Upscaler(model, device=DEVICE, scene_cuts=False, **how)
-        return torch.stack([torch.as_tensor(x) for x in upscaler.stream(frames)])
+        enlarged = upscale(frames, model, device=DEVICE, scene_cuts=False, **how)
+        return torch.stack([torch.as_tensor(x) for x in enlarged])
 
-    rows = enlarged(frames, backend="tiled", batch=0)
-    frozen = enlarged(frames[:1], backend="tiled", batch=0)
+    rows = enlarged(frames, backend="tiled")
+    frozen = enlarged(frames[:1], backend="tiled")
     assert (frozen[0] - rows[0]).abs().max() > 1e-3, "neighbors must matter here"
     tiles = enlarged(frames, backend="triton", batch=2)
     assert (tiles - rows).abs().max() <= 1e-5  # of float32 sums in another order
