@@ -13,19 +13,21 @@ from mana_triton.model import MANA
 
 SHIFTS = 8  # of the LPIPS crop, in pixels
 STATIC = 0.03  # originals that differ more along the flow are occluded
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class StageLoss(nn.Module):
-    """Mean loss of one of the paper's stages (section 3.4): L1, of stage 2 |y - q|_1."""
+    """Mean loss of one of the paper's stages (section 3.4): L1, in stage 2 |y - q|_1."""
 
-    def __init__(self, model: MANA, stage: int):
+    def __init__(self, model: MANA, stage: int, backend: str = "auto"):
         super().__init__()
-        self.model, self.stage = model, stage
+        self.model, self.stage, self.backend = model, stage, backend
 
     def forward(self, lr: Tensor, hr: Tensor) -> Tensor:
         """Lr [B, 7, 3, h, w] and the center's hr [B, 3, 4h, 4w] -> []."""
-        return self.model.memory_loss(lr) if self.stage == 2 else F.l1_loss(self.model(lr), hr)
+        if self.stage == 2:
+            return self.model.memory_loss(lr, backend=self.backend)
+        return F.l1_loss(self.model(lr, backend=self.backend), hr)
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -64,7 +66,7 @@ def optical_flow(hr: np.ndarray) -> tuple[Tensor, Tensor]:
     """
     from skimage.registration import optical_flow_ilk  # slow to import
 
-    luma = hr.astype(np.float32) @ LUMA / 255
+    luma = hr.astype(np.float32) @ LUMA.astype(np.float32) / 255
     flow = [optical_flow_ilk(a, b, radius=7, num_warp=4, dtype=np.float32) for a, b in luma]
     flow = np.stack(flow)[:, ::-1].copy()  # (dy, dx) -> (dx, dy)
     flow = torch.from_numpy(flow).permute(0, 2, 3, 1)

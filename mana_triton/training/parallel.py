@@ -55,11 +55,19 @@ class Processes:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes[1:].bool().tolist()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean of a tensor over the processes."""
-        if self.count > 1:
-            dist.all_reduce(x)
-        return x / self.count
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes.
+
+        DistributedDataParallel orders its sums by when gradients are ready, so that a resumed run
+        would differ in the last bits, and with gloo its threads sometimes never end.
+        """
+        if self.count == 1:
+            return
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / self.count).split([x.numel() for x in tensors])
+        for x, mean in zip(tensors, parts, strict=True):
+            x.copy_(mean.view_as(x))
 
     def leave(self) -> None:
         """After the last collective operation of the run."""

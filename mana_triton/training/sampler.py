@@ -19,8 +19,10 @@ from torch import Tensor
 from mana_triton.resize import SCALE
 from mana_triton.training.clips import WINDOW, Clip, DataError
 from mana_triton.training.degradation import LowClip, degrade
+from mana_triton.training.losses import LUMA, optical_flow
 from mana_triton.training.motion import Span, moving_still, shrink
 
+GRAY = 0.05  # share of gray samples among pairs
 MARGIN = 2  # LR pixels around a crop that x1/4 bicubic reaches into
 
 T = TypeVar("T")
@@ -121,6 +123,76 @@ class Sampler:
         rows = _choose_span(H, max(size, int(H * scale)), self.crop, rng)
         cols = _choose_span(W, max(size, int(W * scale)), self.crop, rng)
         return rows, cols
+
+
+class Pairs:
+    """Batches of neighboring windows from clips, and of single windows from stills."""
+
+    def __init__(
+        self,
+        clips: list[Clip],
+        stills: list[Clip],
+        low: dict[Path, list[LowClip]],
+        *,
+        crop: int,
+        pairs: int,
+        singles: int,
+        seed: int,
+    ):
+        refuse_small(clips + stills, crop, exact=False)
+        self.clips, self.stills = long_enough(clips, WINDOW + 1), stills
+        self.low, self.crop = low, crop
+        self.pairs, self.singles, self.seed = pairs, singles, seed
+
+    def load(self, iteration: int) -> tuple[Tensor, ...]:
+        """The batch of an iteration; its random choices depend on the seed and that alone.
+
+        Returns:
+            lr [P, 8, 3, c, c] and hr [P, 2, 3, 4c, 4c] in [0, 1] with the flow [P, 4c, 4c, 2] and
+            its mask [P, 1, 4c, 4c]; lr [S, 7, 3, c, c] and hr [S, 1, 3, 4c, 4c] of stills.
+        """
+        rng = np.random.Generator(np.random.Philox(seed=[self.seed, iteration]))
+        moving = [self._sample(self.clips, 2, rng) for _ in range(self.pairs)]
+        still = [self._sample(self.stills, 1, rng) for _ in range(self.singles)]
+        flow, mask = optical_flow(np.stack([hr for _, hr in moving]))
+        return *_tensors(moving), flow, mask, *_tensors(still)
+
+    def _sample(
+        self, pool: list[Clip], outputs: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lr [6 + outputs, c, c, 3] and hr [outputs, 4c, 4c, 3], uint8."""
+        clip = pool[rng.integers(len(pool))]
+        variants = self.low[clip.path]
+        variant = variants[rng.integers(len(variants))]
+        count, start = WINDOW - 1 + outputs, 0
+        if clip.kind == "clip":
+            starts = [n for scene in clip.scenes for n in scene[: max(0, len(scene) - count + 1)]]
+            start = starts[rng.integers(len(starts))]
+        times = np.arange(start, start + count)
+        if rng.random() < 0.5:
+            times = times[::-1]
+        lr, hr = crop_variant(clip, variant, times, outputs, self.crop, rng)
+        for axis in (2, 1):
+            if rng.random() < 0.5:
+                lr, hr = np.flip(lr, axis), np.flip(hr, axis)
+        if rng.random() < 0.5:
+            lr, hr = lr.swapaxes(1, 2), hr.swapaxes(1, 2)
+        if rng.random() < GRAY:
+            lr, hr = _gray(lr), _gray(hr)
+        return np.ascontiguousarray(lr), np.ascontiguousarray(hr)
+
+
+def _gray(rgb: np.ndarray) -> np.ndarray:
+    """[..., 3] uint8 with three equal channels."""
+    gray = np.rint(rgb @ LUMA).astype(np.uint8)
+    return np.broadcast_to(gray[..., None], rgb.shape)
+
+
+def _tensors(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, ...]:
+    return tuple(
+        rearrange(torch.from_numpy(np.stack(x)), "b t h w c -> b t c h w").float() / 255
+        for x in zip(*samples, strict=True)
+    )
 
 
 def prepared(

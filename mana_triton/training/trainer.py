@@ -5,14 +5,13 @@ import dataclasses
 import hashlib
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mana_triton import checkpoint
@@ -66,7 +65,7 @@ class Trainer:
             names = self._open_data()
         self.model = _new_model(options, config).to(self.device)
         self.settings = options.fixed() | names | {"model": dataclasses.asdict(config)}
-        self.settings["init_from"] = _fingerprint(self.model) if options.init_from else None
+        self.settings["init_from"] = fingerprint(self.model) if options.init_from else None
         # an infinite sigma has no gradient: it must be neither stepped nor averaged
         self.learned = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.ema = copy.deepcopy(self.model) if options.ema else self.model
@@ -114,6 +113,7 @@ class Trainer:
 
     def _start_stage(self, stage: int) -> None:
         """Freeze what the stage does not train; make its loss and its optimizer."""
+        options = self.options
         branch = {id(p) for p in self.model.memory_parameters()}
         for p in self._weights(self.model):
             p.requires_grad_(stage == 3 or (stage == 1 and id(p) not in branch))
@@ -122,12 +122,10 @@ class Trainer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if not trained:
             raise TrainingError("stage 2 trains the memory, --preset has none; pass --stage2 0")
-        self.loss: nn.Module = StageLoss(self.model, stage)
-        if self.options.compile:
+        self.loss: nn.Module = StageLoss(self.model, stage, options.backend)
+        if options.compile:
             self.loss.compile()
-        if self.processes.count > 1:
-            self.loss = DistributedDataParallel(self.loss)
-        self.optimizer = torch.optim.Adam(trained, betas=self.options.betas)  # pyright: ignore[reportArgumentType]
+        self.optimizer = torch.optim.Adam(trained, betas=options.betas)  # pyright: ignore[reportArgumentType]
         if self.iteration > self.stage()[1]:
             self._restore_optimizer()
 
@@ -149,12 +147,12 @@ class Trainer:
         parts = self.options.accumulate
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        for i, (x, y) in enumerate(zip(lr.chunk(parts), hr.chunk(parts), strict=True), 1):
-            wrapped = self.loss if isinstance(self.loss, DistributedDataParallel) else None
-            with wrapped.no_sync() if wrapped and i < parts else nullcontext():
-                part = self._loss_of(x, y) / parts
-                part.backward()
+        for x, y in zip(lr.chunk(parts), hr.chunk(parts), strict=True):
+            part = self._loss_of(x, y) / parts
+            part.backward()
             loss += part.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.processes.average([*gradients, loss])
         if self.options.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
         for group in self.optimizer.param_groups:
@@ -165,7 +163,7 @@ class Trainer:
             # a young average forgets faster, or the initial weights would stay in it
             decay = min(self.options.ema, (1 + self.iteration) / (10 + self.iteration))
             get_ema_multi_avg_fn(decay)(self._weights(self.ema), self._weights(self.model), None)
-        self.losses.append(self.processes.mean(loss))
+        self.losses.append(loss)
 
     def _loss_of(self, lr: Tensor, hr: Tensor) -> Tensor:
         """Mean loss [] of some samples; weights and loss are float32 in every precision."""
@@ -407,7 +405,6 @@ def _new_model(options: TrainingOptions, config: MANAConfig) -> MANA:
             f"--init-from must hold a model of --preset {options.preset} ({config}), "
             f"{options.init_from} is another ({model.config}); change --preset"
         )
-    model.backend = options.backend
     return model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -420,7 +417,7 @@ def _rounded(model: MANA) -> MANA:
     return copied
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A short text that differs when the weights do."""
     digest = hashlib.sha256()
     for x in model.state_dict().values():

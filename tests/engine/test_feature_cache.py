@@ -17,7 +17,7 @@ from mana_triton import MANA, EngineOptions, MANAConfig, Upscaler
 from mana_triton.engine import upscaler as engine
 from mana_triton.engine.feature_cache import FeatureCache, Graph
 from mana_triton.engine.plan import Plan
-from mana_triton.video.yuv import Color, rgb_to_yuv, yuv_to_rgb
+from mana_triton.video.color import Color, rgb_to_yuv, yuv_to_rgb
 
 CONFIG = MANAConfig(
     channels=32, encoder_blocks=2, decoder_blocks=4, memory_slots=16, match="cosine", offsets=True

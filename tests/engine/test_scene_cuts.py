@@ -8,7 +8,7 @@ import torch
 from networks import pan, texture
 
 from mana_triton.engine.scene_cuts import CutDetector
-from mana_triton.video.writer import open_reader
+from mana_triton.video.reader import open_reader
 
 DEMO = Path(__file__).parents[2].parent / "shared" / "data" / "demo"
 

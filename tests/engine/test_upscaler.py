@@ -25,7 +25,7 @@ from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.engine.upscaler import TOLERANCE, EngineOptions, Upscaler, fastest_on_cpu, upscale
 from mana_triton.engine.window import mirror, window_numbers
 from mana_triton.model import MANA, Features
-from mana_triton.video.yuv import Color, rgb_to_yuv
+from mana_triton.video.color import Color, rgb_to_yuv
 
 ROOT = Path(__file__).parents[2]
 RADIUS = CONFIG.frames // 2

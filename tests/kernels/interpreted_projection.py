@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig
-from mana_triton.engine.upscaler import upscale
-from mana_triton.kernels import config as tuning
-from mana_triton.kernels import cross_frame, projection, reference
+from mana_triton.engine.upscaler import Upscaler
+from mana_triton.kernels import config, cross_frame, projection, reference
 from mana_triton.kernels.layout import TILE, tiles_in, to_tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -56,8 +55,8 @@ def blocks():
     """The attention's blocks are large where the interpreter runs them one after the other."""
     with ExitStack() as stack:
         for kernel in ("cross_frame_forward", "cross_frame_lse") if INTERPRETED else ():
-            config = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
-            stack.enter_context(tuning.pinned(kernel, {**config, "WARP_SPECIALIZE": False}))
+            options = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+            stack.enter_context(config.pinned(kernel, {**options, "WARP_SPECIALIZE": False}))
         yield
 
 
@@ -377,7 +376,7 @@ def test_refused_tiles(changes, message):
         )  # fmt: skip
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_feature_cache.py compares streams on a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="test_batches.py compares streams on a GPU")
 @pytest.mark.parametrize(
     "options",
     [{"match": "cosine", "offsets": True}, {"gaussian": "gate", "memory_slots": 0}],
@@ -393,11 +392,11 @@ def test_batches_of_tiles_equal_a_stream_without_triton(options, blocks):
     frames = torch.rand(3, 3, 5, 17)
 
     def enlarged(frames: Tensor, **how: Any) -> Tensor:
-        enlarged = upscale(frames, model, device=DEVICE, scene_cuts=False, **how)
-        return torch.stack([torch.as_tensor(x) for x in enlarged])
+        upscaler = Upscaler(model, device=DEVICE, scene_cuts=False, **how)
+        return torch.stack([torch.as_tensor(x) for x in upscaler.stream(frames)])
 
-    rows = enlarged(frames, backend="tiled")
-    frozen = enlarged(frames[:1], backend="tiled")
+    rows = enlarged(frames, backend="tiled", batch=0)
+    frozen = enlarged(frames[:1], backend="tiled", batch=0)
     assert (frozen[0] - rows[0]).abs().max() > 1e-3, "neighbors must matter here"
     tiles = enlarged(frames, backend="triton", batch=2)
     assert (tiles - rows).abs().max() <= 1e-5  # of float32 sums in another order

@@ -50,7 +50,7 @@ def test_operator(offsets, gaussian, backend):
     """Fake implementation, autograd and schema agree with what is computed."""
     case = draw((1, 2, 5, 6, 16))
     inputs = [x.clone().requires_grad_() for x in case[:5]]
-    arguments = (*inputs, gaussian, offsets, 1e-6, 0, backend, True)
+    arguments = (*inputs, gaussian, offsets, 1e-6, 0, backend)
     opcheck(torch.ops.mana.cross_frame_attention.default, arguments)
 
 
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, q, k, v, sigma, scale):
         return cross_frame_attention(
             q, k, v, sigma, scale=scale, tolerance=1e-3, offsets=True, return_lse=True,
-            return_visited=True, backend=self.backend, gaussian=self.gaussian,
+            return_density=True, backend=self.backend, gaussian=self.gaussian,
         )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def test_a_damaged_video_is_refused(tmp_path):
     write_video(tmp_path / "film.mkv", textured(RNG, 30, 64, 64))
     whole = (tmp_path / "film.mkv").read_bytes()
     (tmp_path / "film.mkv").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="must be an undamaged video, got: .*; remove it"):
+    with pytest.raises(DataError, match=r"must be an undamaged video, got: .*; remove it"):
         open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
 
 

@@ -211,12 +211,12 @@ def test_a_sprite_is_pasted_where_it_lies_and_moves(monkeypatch):
     """A white rectangle on black: one in each frame, moving by the motion's shift."""
     shift = np.arange(-3, 4)[:, None] * np.array([3.0, -2.0])
 
-    def motion(rng, height, width):
+    def fixed(rng, height, width):
         maps = np.tile(np.eye(2, 3), (7, 1, 1))
         maps[:, :, 2] = shift
         return maps
 
-    monkeypatch.setattr(motion, "_motion", motion)
+    monkeypatch.setattr(motion, "_motion", fixed)
     sprite = torch.cat([torch.full((3, 15, 21), 255.0), torch.ones(1, 15, 21)])
     for seed in range(20):
         frames = torch.zeros(7, 3, 60, 70)
