@@ -52,8 +52,7 @@ from mana_triton.video.yuv import Color, rgb_to_yuv
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "tests/kernels/test_cross_frame_kernel.py",
-    "tests/kernels/test_small_kernels.py",
+    "tests/kernels/test_operators.py",
     "tests/engine/test_batches.py",
 )
 SIZES = ((64, 112), (144, 180), (270, 480))
