@@ -1,17 +1,17 @@
 """What the compiler makes of a kernel, for any architecture and without a GPU.
 
-Registers, spills and shared memory bound how many programs run beside each other on a core of the
-GPU; the instructions of the hot loop per score (one query, one key) bound the speed from below.
-The hot loops are the innermost loops with matrix instructions that take about one exponential
-per score: a kernel with several, such as the memory bank's backward, reports each.
+Registers, spills and shared memory bound how many programs run on a core of the GPU at the same
+time. The instructions of the hot loop per score (one query, one key) bound the speed. The hot
+loops are the innermost loops with matrix instructions and about one exponential per score. A
+kernel with several, such as the memory bank's backward, reports each.
 """
 
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,13 +19,121 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from . import memory, projection
 from .config import SHARED_MEMORY
+from .cross_frame import gaussian, window
+from .cross_frame.backward import _dkv_kernel, _dq_kernel
+from .cross_frame.forward import _forward_kernel, _lse_kernel
 
 REGISTERS = 65536  # of a core, 32 bits each
 THREADS = {"sm_80": 2048, "sm_89": 1536, "sm_90": 2048}
 DOUBLED = 1.75  # exponentials per score from which on two warps compute the same; 1 + rescaling
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = {"HGMMA": "wgmma", "HMMA": "mma"}  # and MFMA on AMD
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_OPERANDS = (  # pointers of the operands' type; others are to float32 or, below, int32
+    "q k v do dd o dk dv y m f mean folded table query_table key_table"
+)
+_INTEGERS = {"window_radius_ptr", "reverse_radius_ptr"}
+_MULTIPLES_OF_16 = {"q_pixels", "k_pixels", "pixels", "N"}
+
+
+class Job(NamedTuple):
+    """What it takes to compile a kernel."""
+
+    function: Any
+    signature: dict[str, Any]  # types of the arguments; a tuple of types for a tuple
+    constexprs: dict[str, Any]
+    divisible: list[str]  # arguments that are multiples of 16
+
+    @classmethod
+    def of(cls, function: Any, constexprs: dict, dtype: torch.dtype, **types: Any) -> "Job":
+        """The job of a kernel on operands of a type; `types` of arguments that are exceptions."""
+        signature = {}
+        for name in function.arg_names:
+            if name in constexprs:
+                continue
+            if name.endswith("_ptr"):
+                kind = "i32" if name in _INTEGERS else "fp32"
+                kind = f"*{_TYPES[dtype] if name[:-4] in _OPERANDS.split() else kind}"
+            else:
+                kind = "fp32" if name == "eta" else "i32"
+            signature[name] = types.get(name, kind)
+        divisible = [x for x in signature if x in _MULTIPLES_OF_16 or "*" in signature[x][0]]
+        return cls(function, signature, constexprs, divisible)
+
+
+def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str) -> dict[str, Job]:
+    """The compile jobs of one of config.KERNELS and its variants, by name.
+
+    A name with a colon is a variant of the kernel before the colon, with the same configuration:
+    with the displacement (offsets), or the second part of the gate form's gradient.
+    """
+    if kernel.startswith("memory"):
+        function = memory._forward_kernel if kernel.endswith("forward") else memory._backward_kernel
+        options = memory.options(config, config["BLOCK_N"], dtype, arch.startswith("gfx"))
+        constexprs = {"D": d} | {x: y for x, y in options.items() if x in function.arg_names}
+        return {kernel: Job.of(function, constexprs, dtype, dq_ptr=f"*{_TYPES[dtype]}")}
+    blocks = {"D": d, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
+    blocks["EXACT"] = dtype == torch.float32
+    if kernel == "cross_frame_lse":
+        return {kernel: Job.of(_lse_kernel, blocks, dtype)}
+    function = {
+        "cross_frame_forward": _forward_kernel,
+        "cross_frame_dq": _dq_kernel,
+        "cross_frame_dkv": _dkv_kernel,
+    }[kernel]
+    variants = {"": (False, False), ":offsets": (True, False), ":gate": (False, True)}
+    if function is _forward_kernel:
+        del variants[":gate"]
+        blocks["WARP_SPECIALIZE"] = config.get("WARP_SPECIALIZE", False)
+    flags = ("DISPLACEMENT", "PLAIN")
+    return {
+        kernel + name: Job.of(
+            function,
+            blocks | {x: y for x, y in zip(flags, on, strict=True) if x in function.arg_names},
+            dtype,
+        )
+        for name, on in variants.items()
+    }
+
+
+def prepass_jobs(d: int, dtype: torch.dtype) -> dict[str, Job]:
+    """The jobs of the kernels that run before the attention; they have no configuration."""
+    kernels = {
+        "key_table": (gaussian._key_table_kernel, {"BLOCK_N": 64}),
+        "query_table": (gaussian._query_table_kernel, {"BLOCK_M": 128, "BLOCK_N": 64}),
+        "key_tile": (window._key_tile_kernel, {"D": d}),
+        "select_key_tiles": (
+            window._select_key_tiles_kernel,
+            {"D": d, "RINGS": 128, "CHUNK": 16},
+        ),
+        "reverse": (window._reverse_kernel, {"CHUNK": 256}),
+    }
+    return {name: Job.of(*kernel, dtype) for name, kernel in kernels.items()}
+
+
+def projection_jobs(c: int, d: int, dtype: torch.dtype, config: dict) -> dict[str, Job]:
+    """The jobs of three projections of float32 weights, each normalized and multiplied.
+
+    Args:
+        c, d: channels of the features and of a projection.
+        dtype: of the features.
+        config: see `projection.launch_config`.
+    """
+    sizes = {"C": c, "D": d, "J": 3}
+    options = {key: config[key] for key in ("BLOCK_M", "BLOCK_K", "PRECISION")}
+    tuples: dict[str, Any] = dict.fromkeys(("weights", "biases", "factors"), ("*fp32",) * 3)
+    tuples["outputs"] = (f"*{_TYPES[dtype]}",) * 3
+    kernels = {
+        "projection_fold": (projection._fold_kernel, {**sizes, "ROWS": projection.ROWS}),
+        "projection": (
+            projection._project_kernel,
+            {**sizes, "NORMALIZE": (True,) * 3, **options},
+        ),
+    }
+    return {name: Job.of(*kernel, dtype, **tuples) for name, kernel in kernels.items()}
 
 
 @dataclass(frozen=True)
@@ -55,15 +163,8 @@ class Compiled:
         return flaws
 
 
-def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str) -> dict[str, tuple]:
-    """The compile jobs of a kernel and its variants, by name; see `compile_jobs` of each module."""
-    module = import_module(f"mana_triton.kernels.{kernel.rpartition('_')[0]}")
-    every = module.compile_jobs(d, dtype, config, arch)
-    return {name: job for name, job in every.items() if name.partition(":")[0] == kernel}
-
-
-def compile_job(job: tuple, config: dict, arch: str) -> Compiled | str:
-    """Compile for an architecture of tuning.ARCHITECTURES; a string says why it failed."""
+def compile_job(job: Job, config: dict, arch: str) -> Compiled | str:
+    """Compile for one of config.ARCHITECTURES; a string says why it failed."""
     function, signature, constexprs, divisible = job
     names = list(function.arg_names)
     # an argument that is a tuple has a path for every element

@@ -1,26 +1,40 @@
-"""The layout the Triton kernels read: frames cut into tiles of 8 x 8 pixels.
+"""The memory layout that the Triton kernels read: frames cut into tiles of 8 x 8 pixels.
 
     [..., H, W, C]  ->  [..., rows of tiles, tiles in a row, 8, 8, C]  ->  [..., pixels, C]
 
-A tile is 64 consecutive pixels, and so a block of 32, 64 or 128 pixels is half a tile, a tile or
-two tiles side by side: one contiguous piece of memory, close together in the picture. The frame
-is padded with zeros to whole tiles and to an even number of tiles in a row.
+A tile is 64 consecutive pixels, so a block of 32, 64 or 128 pixels is half a tile, a tile or two
+tiles side by side: one contiguous piece of memory and one compact patch of the frame. The frame is
+padded with zeros to whole tiles and to an even number of tiles in a row.
 """
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-TILE = 8  # side of a tile, of the keys' part in the choice of what is visited
-PAIR = 16  # width of two tiles, which share one decision about the keys they visit
+HEAD_DIMS = (16, 32, 64, 128)  # supported D
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TILE = 8  # side of a tile: keys are bounded tile by tile
+PAIR = 16  # width of two tiles: queries choose their keys for 8 x 16 pixels at a time
 PIXELS = TILE * TILE
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+AMD = torch.version.hip is not None
 
 
 def tiles_in(height: int, width: int) -> tuple[int, int]:
     """Rows of tiles and tiles in a row, padding included."""
     return -(-height // TILE), -(-width // PAIR) * 2
+
+
+def query_tiles(rows: int, width: int) -> int:
+    """Pairs of tiles of the queries; each pair chooses the keys that it visits."""
+    tiles_y, tiles_x = tiles_in(rows, width)
+    return tiles_y * (tiles_x // 2)
 
 
 def to_tiles(x: Tensor, value: float = 0.0) -> Tensor:
@@ -30,6 +44,51 @@ def to_tiles(x: Tensor, value: float = 0.0) -> Tensor:
     x = F.pad(x, (0, 0, 0, tiles_x * TILE - width, 0, tiles_y * TILE - height), value=value)
     pattern = "... (y m) (x n) c -> ... (y x m n) c"
     return rearrange(x, pattern, m=TILE, n=TILE).contiguous()
+
+
+def precision(dtype: torch.dtype, amd: bool = AMD) -> str:
+    """How matrix products of a type are computed: float32 as three tensor-core products.
+
+    AMD's matrix units take float32 as it is.
+    """
+    return "tf32x3" if dtype == torch.float32 and not amd else "ieee"
+
+
+class Sizes(NamedTuple):
+    """One call: queries of `rows` rows from first_row on, T frames of height x width pixels."""
+
+    B: int
+    T: int
+    D: int
+    rows: int
+    height: int
+    width: int
+    first_row: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, first_row: int) -> "Sizes":
+        """Of q [B, h, W, D] and k [B, T, H, W, D]."""
+        return cls(k.shape[0], k.shape[1], k.shape[4], q.shape[1], *k.shape[2:4], first_row)
+
+    @property
+    def tiles_x(self) -> int:
+        return tiles_in(self.height, self.width)[1]
+
+    @property
+    def q_pixels(self) -> int:
+        return tiles_in(self.rows, self.width)[0] * self.tiles_x * PIXELS
+
+    @property
+    def k_pixels(self) -> int:
+        return tiles_in(self.height, self.width)[0] * self.tiles_x * PIXELS
+
+    @property
+    def query_tiles(self) -> int:
+        return query_tiles(self.rows, self.width)
+
+    @property
+    def key_tiles(self) -> int:
+        return self.k_pixels // PIXELS
 
 
 @triton.constexpr_function
@@ -51,7 +110,7 @@ def block_shape(block: int) -> tuple[int, int]:
 
 @triton.jit
 def block_origin(block, tiles_x, BLOCK: tl.constexpr):
-    """Row and column of the frame at which a block begins."""
+    """Row and column of a block's first pixel."""
     tile = block * BLOCK // 64
     return tile // tiles_x * 8 + block * BLOCK % 64 // 8, tile % tiles_x * 8
 
@@ -68,16 +127,22 @@ def block_at(row, column, tiles_x, BLOCK: tl.constexpr):
 
 @triton.jit
 def block_pixels(BLOCK: tl.constexpr):
-    """Row and column of every pixel of a block, relative to where it begins: two of [BLOCK]."""
+    """Row and column of every pixel of a block, relative to its first: two of [BLOCK]."""
     pixel = tl.arange(0, BLOCK)
     return pixel % 64 // 8, pixel // 64 * 8 + pixel % 8
 
 
 @triton.jit
-def load_rows(ptr, first, BLOCK: tl.constexpr, C: tl.constexpr):
-    """Rows first .. first + BLOCK - 1 of a [pixels, C] matrix."""
-    offsets = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
-    return tl.load(ptr + tl.cast(first, tl.int64) * C + offsets)
+def load_rows(
+    source, first, BLOCK: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr = False
+):
+    """Rows first .. first + BLOCK - 1 of a [pixels, C] matrix, by its pointer or descriptor."""
+    if DESCRIPTOR:
+        rows = source.load([tl.cast(first, tl.int32), 0])
+    else:
+        offsets = tl.arange(0, BLOCK)[:, None] * C + tl.arange(0, C)[None, :]
+        rows = tl.load(source + tl.cast(first, tl.int64) * C + offsets)
+    return rows
 
 
 @triton.jit

@@ -27,15 +27,22 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from .layout import TILE, block_origin, block_pixels, store_rows, tiles_in
+from .layout import (
+    AMD,
+    DTYPES,
+    HEAD_DIMS,
+    PIXELS,
+    block_origin,
+    block_pixels,
+    precision,
+    store_rows,
+    tiles_in,
+)
 
-HEADS = (16, 32, 64, 128)  # supported D
 CHANNELS = (32, 64, 128, 256)  # supported C
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST = 3  # projections; the sums of more do not fit into the registers
 SHORTEST = tl.constexpr(1e-12)  # length that a row is divided by, as in F.normalize
 ROWS = 16  # of W that a program folds
-AMD = torch.version.hip is not None
 
 
 @triton.jit
@@ -116,13 +123,11 @@ def launch_config(d: int, dtype: torch.dtype, amd: bool = AMD) -> dict[str, Any]
     projections in the registers of eight warps: the folded weights, read again by every program,
     then cost little. tests/kernels/test_compile_guard.py keeps them from spilling.
     """
-    if dtype == torch.float32:
-        # in three tensor-core products; AMD's matrix units take it as it is
-        precision = "ieee" if amd else "tf32x3"
-        blocks = {"BLOCK_M": 32, "BLOCK_K": 16, "PRECISION": precision}
-    else:
-        blocks = {"BLOCK_M": 128 if d <= 64 else 64, "BLOCK_K": 32, "PRECISION": "ieee"}
-    return {**blocks, "num_warps": 8, "num_stages": 3 if d <= 64 else 2}
+    block_m, block_k = (32, 16) if dtype == torch.float32 else (128 if d <= 64 else 64, 32)
+    return {
+        "BLOCK_M": block_m, "BLOCK_K": block_k, "PRECISION": precision(dtype, amd),
+        "num_warps": 8, "num_stages": 3 if d <= 64 else 2,
+    }  # fmt: skip
 
 
 def project(
@@ -143,7 +148,7 @@ def project(
             float16, bfloat16 or float32, C one of CHANNELS. Rows of a frame are features, too: the
             tiles then begin at the first of them.
         norm: scale and shift of each frame, [N, C] float32; see `MANA.normalization`.
-        weights: at most MOST of [D, C], D one of HEADS; float32 or the type of f.
+        weights: at most MOST of [D, C], D one of HEAD_DIMS; float32 or the type of f.
         biases: as many of [D].
         normalize: which of them give rows of length 1.
         factors: [] float32 that the rows of each are multiplied with at last; None is 1. Queries of
@@ -162,7 +167,7 @@ def project(
     n, height, width, c = f.shape
     j, d = len(weights), weights[0].shape[0]
     tiles_y, tiles_x = tiles_in(height, width)
-    pixels = tiles_y * tiles_x * TILE * TILE
+    pixels = tiles_y * tiles_x * PIXELS
     folded = f.new_empty(n, j, d, c)
     offset = scale.new_empty(n, j, d)
     outputs = tuple(f.new_empty(n, pixels, d) for _ in weights)
@@ -208,9 +213,9 @@ def _check(
             f"got {', '.join(map(str, counts))}; call once for each group"
         )
     d = weights[0].shape[0]
-    if d not in HEADS:
+    if d not in HEAD_DIMS:
         raise ValueError(
-            f"D must be one of {', '.join(map(str, HEADS))}, got {d}; "
+            f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {d}; "
             "use the modules of the network"
         )
     for name, tensors, shape in (
@@ -228,39 +233,3 @@ def _check(
                     f"{name} must be {' or '.join(map(str, dict.fromkeys(wanted)))}, "
                     f"got {x.dtype}; convert them"
                 )
-
-
-# --- compilation without a GPU
-
-_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
-
-def compile_jobs(c: int, d: int, dtype: torch.dtype, config: dict) -> dict[str, tuple]:
-    """What `cross_frame.compile_jobs` is for its kernels; 3 rows, each normalized and multiplied.
-
-    Args:
-        c, d: channels of the features and of a projection.
-        dtype: of the features; the weights are float32.
-        config: see `launch_config`.
-    """
-    j = 3
-    sizes = {"C": c, "D": d, "J": j}
-    options = {key: config[key] for key in ("BLOCK_M", "BLOCK_K", "PRECISION")}
-    kernels: dict[str, tuple[Any, dict]] = {
-        "projection_fold": (_fold_kernel, {**sizes, "ROWS": ROWS}),
-        "projection": (_project_kernel, {**sizes, "NORMALIZE": (True,) * j, **options}),
-    }
-    typed = dict.fromkeys(("f_ptr", "folded_ptr"), _TYPES[dtype]) | {
-        "outputs": (_TYPES[dtype],) * j,
-        **dict.fromkeys(("weights", "biases", "factors"), ("*fp32",) * j),
-    }
-    jobs = {}
-    for name, (kernel, constexprs) in kernels.items():
-        signature = {
-            key: typed.get(key, "*fp32" if key.endswith("_ptr") else "i32")
-            for key in kernel.arg_names
-            if key not in constexprs
-        }
-        divisible = [key for key in signature if signature[key] != "i32" or key == "pixels"]
-        jobs[name] = kernel, signature, constexprs, divisible
-    return jobs

@@ -22,7 +22,12 @@ class CrossFrame(NamedTuple):
     o: Tensor  # [B, T, h, W, D]
     displacement: Tensor | None  # [B, T, h, W, 2], (dy, dx) in pixels
     lse: Tensor  # [B, T, h, W], natural logarithm
-    visited: float  # fraction of the (query, key) pairs that the result rests on
+    density: float | Tensor  # fraction of the (query, key) pairs that were visited, in (0, 1]
+
+
+def inv_2sigma2(sigma: Tensor) -> Tensor:
+    """1 / (2 sigma^2) of a sigma > 0 in pixels, 0 for an infinite one; at 1e-15 it stays finite."""
+    return 1 / (2 * sigma.clamp(min=1e-15).square())
 
 
 def pixel_coordinates(first_row: int, rows: int, width: int, like: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def cross_frame_attention(
     p_q = pixel_coordinates(first_row, rows, width, q)
     p_k = pixel_coordinates(0, k.shape[2], width, q)
     distance = (p_q[:, None] - p_k[None]).square().sum(-1)  # [h W, H W]
-    log_weight = -distance / (2 * sigma * sigma)
+    log_weight = -distance * inv_2sigma2(sigma)
 
     logits = torch.einsum("bid,btjd->btij", q.flatten(1, 2) * scale, k.flatten(2, 3))
     if gaussian == "bias":
@@ -74,7 +79,7 @@ def cross_frame_attention(
         o.unflatten(2, grid),
         None if displacement is None else displacement.unflatten(2, grid),
         lse.unflatten(2, grid),
-        visited=1.0,
+        density=1.0,
     )
 
 

@@ -1,20 +1,34 @@
-"""The scripts about quality: what the ablations train, and what the motion test shows."""
+"""The studies of quality: what the ablations train, and what the motion test measures."""
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clips import moving, write
 from PIL import Image
-from test_train import CONFIG, cache  # noqa: F401
 
+from eval.run import ROOT
 from eval.studies import ablate, motion
 from mana_triton import checkpoint
 from mana_triton.model import MANA, MANAConfig
 
+CONFIG = MANAConfig(
+    channels=16, encoder_blocks=1, decoder_blocks=1, memory_slots=8, match="cosine", offsets=True
+)
+
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("study", ["ablate", "motion"])
+def test_studies_run_as_programs(study, tmp_path):
+    command = [sys.executable, ROOT / "eval" / "studies" / f"{study}.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "error: pass --" in result.stderr
 
 
 # ---- ablations
@@ -30,22 +44,22 @@ def test_variants_differ_in_what_they_are_named_after():
 
 def test_stages_have_the_papers_shares():
     assert ablate.stages(150, CONFIG) == (90, 30, 30)
-    assert ablate.stages(150, MANAConfig(memory_slots=0)) == (90, 0, 60)
+    assert ablate.stages(150, replace(CONFIG, memory_slots=0)) == (90, 0, 60)
 
 
-def test_one_configuration_under_several_names_is_one_training():
+def test_equal_configurations_are_trained_once():
     names = [ablate.run_name(c) for group in ablate.GROUPS.values() for c in group.values()]
     assert len(names) == 12 and len(set(names)) == 10
     assert names.count("memory-128") == 3  # bias, and cosine-offsets
 
 
 @pytest.mark.parametrize("trained", [None, "tiny"])
-def test_variants_begin_alike(trained):
-    """The size of the memory, drawn before it, made another decoder, and chance the difference."""
+def test_variants_start_with_equal_weights(trained):
+    """Drawing the memory first would change the decoder, and chance would make the difference."""
     states = []
     for config in (c for group in ablate.GROUPS.values() for c in group.values()):
-        states.append(ablate.beginning(config, 0, trained).state_dict())
-    other = ablate.beginning(ablate.TINY, 1, trained).state_dict()
+        states.append(ablate.first_weights(config, 0, trained).state_dict())
+    other = ablate.first_weights(ablate.TINY, 1, trained).state_dict()
     for name in states[0]:
         owned = name.split(".")[0] in ablate.ATTENTION
         if not owned or name.split(".")[0] in ("phi", "g"):
@@ -59,33 +73,31 @@ def test_variants_begin_alike(trained):
     assert not states[1]["w_z.weight"].any()
 
 
-def test_other_networks_are_no_beginning(tmp_path):
+def test_weights_of_another_shape_are_refused(tmp_path):
     checkpoint.save(MANA(CONFIG), tmp_path / "a.safetensors")
     with pytest.raises(checkpoint.CheckpointError, match="must have the channels and blocks of ti"):
-        ablate.beginning(ablate.TINY, 0, str(tmp_path / "a.safetensors"))
+        ablate.first_weights(ablate.TINY, 0, str(tmp_path / "a.safetensors"))
 
 
-def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
-    small = {"bias": CONFIG, "none": MANAConfig(**{**vars(CONFIG), "sigma": float("inf")})}
+def test_ablation_writes_its_table_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+    small = {"bias": CONFIG, "none": replace(CONFIG, sigma=float("inf"))}
     monkeypatch.setattr(ablate, "GROUPS", {"memory": {}, "weighting": small, "matching": {}})
-    monkeypatch.setattr("mana_triton.train.LOG_EVERY", 2)
+    monkeypatch.setattr("mana_triton.training.trainer.LOG_EVERY", 2)
+    write(tmp_path / "data" / "clip", moving(9, 60, 72))
     out = tmp_path / "out"
-    command = ["ablate", "--data", cache, "--stills", cache, "--val", cache, "--out", out]
+    command = ["ablate", "--data", tmp_path / "data", "--val", tmp_path / "data", "--out", out]
     command += ["--iterations", 5, "--crop", 8, "--batch", 2, "--val-frames", 2, "--threads", 1]
     command += ["--groups", "weighting", "--seeds", 0, 1]
     monkeypatch.setattr(sys, "argv", [str(x) for x in command])
     ablate.main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [(row["variant"], row["seed"]) for row in rows] == [
-        ("bias", 0), ("bias", 1), ("none", 0), ("none", 1)
-    ]  # fmt: skip
+    runs = [(row["variant"], row["seed"]) for row in rows]
+    assert runs == [("bias", 0), ("bias", 1), ("none", 0), ("none", 1)]
+    paths = {"bias": {"sigma", "temperature"}, "none": {"temperature"}}
     for row in rows:
         weights = checkpoint.load(out / f"{row['variant']}-{row['seed']}" / "best.safetensors")
         assert row["parameters"] == sum(p.numel() for p in weights.parameters())
-        assert (
-            set(row["paths"])
-            == {"bias": {"sigma", "temperature"}, "none": {"temperature"}}[row["variant"]]
-        )
+        assert set(row["paths"]) == paths[row["variant"]]
         assert weights.sigma.isfinite() == (row["variant"] == "bias")
     text = (out / "ablation.md").read_text()
     # 5 iterations of 2 crops of 8x8, against 150,000 of 16 of 64x64
@@ -93,12 +105,10 @@ def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # 
     before = (out / "bias-0" / "last.pt").stat().st_mtime_ns
     ablate.main()
     assert (out / "bias-0" / "last.pt").stat().st_mtime_ns == before, "a finished run was repeated"
-    other = MANA(CONFIG)
-    checkpoint.save(other, tmp_path / "other.safetensors")
-    monkeypatch.setattr(
-        sys, "argv", [*sys.argv, "--init-from", str(tmp_path / "other.safetensors")]
-    )
-    with pytest.raises(SystemExit, match="holds other first weights; choose another --out"):
+    checkpoint.save(MANA(CONFIG), tmp_path / "other.safetensors")
+    other = ["--init-from", str(tmp_path / "other.safetensors")]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *other])
+    with pytest.raises(SystemExit, match="it holds others; choose another --out"):
         ablate.main()
 
 
@@ -106,7 +116,7 @@ def test_an_ablation_writes_its_table(cache, tmp_path, monkeypatch, capsys):  # 
 
 
 def picture(seed: int = 0, size: int = 320) -> np.ndarray:
-    """Smooth blobs, of which flow can see the way."""
+    """Smooth blobs, whose motion optical flow can find."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
@@ -119,25 +129,18 @@ def test_windows_hold_one_center_and_shifted_neighbors():
         assert np.array_equal(frames[shift][3], frames[0][3])
     assert all(np.array_equal(frame, frames[0][3]) for frame in frames[0])
     whole = picture().astype(int)
+
+    def place(crop: np.ndarray) -> np.ndarray:
+        """The row and column of the picture at which a crop starts."""
+        corners = np.argwhere((whole == crop[0, 0]).all(-1))
+        (found,) = [c for c in corners if (whole[c[0] :, c[1] :][:96, :96] == crop).all()]
+        return found
+
+    center = place(frames[0][3])
     for shift in (8, 40):
         for t in (0, 1, 2, 4, 5, 6):
-            places = [
-                (y, x)
-                for y in range(whole.shape[0] - 95)
-                for x in range(whole.shape[1] - 95)
-                if (whole[y, x] == frames[shift][t, 0, 0]).all()
-                and (whole[y : y + 96, x : x + 96] == frames[shift][t]).all()
-            ]
-            centers = [
-                (y, x)
-                for y in range(whole.shape[0] - 95)
-                for x in range(whole.shape[1] - 95)
-                if (whole[y, x] == frames[0][3, 0, 0]).all()
-                and (whole[y : y + 96, x : x + 96] == frames[0][3]).all()
-            ]
-            [(y, x)], [(cy, cx)] = places, centers
-            # each coordinate is rounded by half a pixel at most
-            assert abs(np.hypot(y - cy, x - cx) - shift) <= np.sqrt(0.5)
+            distance = np.hypot(*(place(frames[shift][t]) - center))
+            assert abs(distance - shift) <= np.sqrt(0.5)  # coordinates are rounded
 
 
 def test_flow_brings_neighbors_back():
@@ -150,7 +153,7 @@ def test_flow_brings_neighbors_back():
     assert np.array_equal(motion.aligned(lr)[3], lr[3])
 
 
-def test_the_curves_of_a_network(tmp_path, monkeypatch, capsys):
+def test_curves_of_a_network(tmp_path, monkeypatch, capsys):
     """At no shift the neighbors are copies, so real and copied neighbors score alike."""
     Image.fromarray(picture()).save(tmp_path / "blobs.png")
     checkpoint.save(MANA(CONFIG), tmp_path / "net.safetensors")
@@ -174,14 +177,14 @@ def test_frames_of_clips_are_evenly_spaced(tmp_path):
         for i in range(T):
             pixels = np.full((200 if clip != "small" else 100, 210, 3), 10 * i, np.uint8)
             Image.fromarray(pixels).save(tmp_path / clip / f"{i}.png")
-    command = ["--weights", "tiny", "--size", "96", "--clips", str(tmp_path), "--pictures", "7"]
-    args = motion.parse_args([*command, "--cache", str(tmp_path / "cache")])
-    levels = [int(x.max()) for x in motion.pictures(args)]
+    options = motion.MotionOptions(
+        ("tiny",), clips=(tmp_path,), size=96, pictures=7, cache=tmp_path / "cache"
+    )
+    levels = [int(x.max()) for x in motion.pictures(options)]
     assert levels == [0, 20, 40, 0, 40, 80]  # three of each, since a fourth would be too many
 
 
-@pytest.mark.parametrize("argv", [["--size", "90"], ["--size", "64"], ["--pictures", "0"]])
-def test_wrong_usage_exits_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        motion.parse_args(["--stills", "x", "--weights", "y", *argv])
-    assert caught.value.code == 2
+@pytest.mark.parametrize("wrong", [{"size": 90}, {"size": 64}, {"pictures": 0}, {"weights": ()}])
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValueError, match="--"):
+        motion.MotionOptions(**{"weights": ("tiny",), "stills": (Path("x"),)} | wrong)
