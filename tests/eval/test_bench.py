@@ -39,7 +39,7 @@ BASELINES = {
     "masked": baselines.masked_sdpa,
     "augmented": baselines.augmented_sdpa,
     "flex": baselines.flex,
-    "flex-blocks": partial(baselines.flex_blocks, mask=every_tile(*SIZE)),
+    "flex-blocks": partial(baselines.flex, mask=every_tile(*SIZE)),
 }
 
 

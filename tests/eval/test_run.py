@@ -354,18 +354,17 @@ def test_damaged_results_are_computed_again(evaluate, folder, tmp_path):
     assert evaluate(*words)["rows"] == first["rows"]
 
 
-def test_page_needs_no_second_scoring(evaluate, folder, tmp_path, monkeypatch):
+def test_pictures_are_kept_for_as_many_clips_as_the_page_shows(
+    evaluate, folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(page, "PICTURED", 1)
     words = ("--data", f"toy={folder}", "--method", "bicubic")
-    at_once, later = tmp_path / "at-once.html", tmp_path / "later.html"
-    evaluate(*words, "--html", at_once)
-    pictures = list((tmp_path / "results").glob("*.png"))
-    assert len(pictures) == 2  # the middle and the worst frame of the first clip
-    for picture in pictures:
-        picture.unlink()
-    monkeypatch.setattr(scoring, "score_frame", lambda *_: pytest.fail("it was scored again"))
-    evaluate(*words, "--html", later)
-    assert later.read_text() == at_once.read_text()
+    evaluate(*words)
+    assert not list((tmp_path / "results").glob("*.png"))
+    html = tmp_path / "page.html"
+    evaluate(*words, "--html", html)
+    assert len(list((tmp_path / "results").glob("*.png"))) == 2  # the middle and the worst
+    assert "Pictures of the first 1 of 2 clips." in html.read_text()
 
 
 def test_unreadable_frame_loses_no_finished_clip(evaluate, folder, tmp_path, monkeypatch):
