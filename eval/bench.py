@@ -140,7 +140,7 @@ def attention_rows(
     q, k, v, sigma, scale = inputs
     with torch.no_grad():
         density = cross_frame_attention(
-            q, k, v, sigma, scale=scale, backend=backend, return_visited=True
+            q, k, v, sigma, scale=scale, backend=backend, return_density=True
         )[1]
         dense = baselines.dense(q, k, v, sigma, scale)
     runs: dict[str, Callable[[], Any]] = {}
@@ -313,7 +313,7 @@ def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     match = torch.nn.functional.normalize(q, dim=-1) if model.config.match == "cosine" else q
     density = cross_frame_attention(
         match, k, v, model.sigma,
-        gaussian=model.config.gaussian, scale=model.scale, return_visited=True, **attention,
+        gaussian=model.config.gaussian, scale=model.scale, return_density=True, **attention,
     )[1]  # fmt: skip
 
     def encode() -> None:

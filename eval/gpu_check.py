@@ -65,13 +65,12 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 def run_tuning(deadline: float) -> list[dict]:
     """Tune every kernel at the main sizes; the entries that tuned.json now holds for them."""
-    from mana_triton.kernels import config as tuning
-    from mana_triton.kernels import tune
+    from mana_triton.kernels import config, tune
 
     cases = [
         tune.Case(kernel, bench.CHANNELS, torch.bfloat16, *size)
         for size in ATTENTION_SIZES
-        for kernel in tuning.KERNELS
+        for kernel in config.KERNELS
     ]
     device = torch.device("cuda", torch.cuda.current_device())
     with tune.compile_pool() as pool:

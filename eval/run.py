@@ -50,7 +50,7 @@ from eval import accuracy, bench, page, report, scoring, timing
 from eval.datasets import console
 from eval.methods import MethodError, describe, upscaler_of
 from eval.units import Options, Protocol, plan
-from mana_triton import host
+from mana_triton import runtime
 from mana_triton.checkpoint import CheckpointError
 from mana_triton.files import content_hash, write_atomically
 from mana_triton.metrics import BackboneError, LPIPSUnavailable
@@ -209,7 +209,7 @@ def benchmark(options: Options) -> dict[str, Any]:
     upscaler = upscaler_of("tiny", options.device, options.precision)
     device, commit = upscaler.device, _commit()
     if device.type == "cpu":
-        host.tune()  # as the command does
+        runtime.configure_process()  # as the command does
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )  # fmt: skip

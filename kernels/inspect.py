@@ -32,10 +32,9 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = {"HGMMA": "wgmma", "HMMA": "mma"}  # and MFMA on AMD
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_OPERANDS = {  # pointers of the operands' type; other pointers are float32 or, below, int32
-    f"{x}_ptr" for x in "q k v do dd o dk dv query_table key_table table mean m out y f folded"
-    .split()
-}  # fmt: skip
+_OPERANDS = (  # pointers of the operands' type; others are to float32 or, below, int32
+    "q k v do dd o dk dv y m f mean folded table query_table key_table"
+)
 _INTEGERS = {"window_radius_ptr", "reverse_radius_ptr"}
 _MULTIPLES_OF_16 = {"q_pixels", "k_pixels", "pixels", "N"}
 
@@ -57,7 +56,7 @@ class Job(NamedTuple):
                 continue
             if name.endswith("_ptr"):
                 kind = "i32" if name in _INTEGERS else "fp32"
-                kind = f"*{_TYPES[dtype] if name in _OPERANDS else kind}"
+                kind = f"*{_TYPES[dtype] if name[:-4] in _OPERANDS.split() else kind}"
             else:
                 kind = "fp32" if name == "eta" else "i32"
             signature[name] = types.get(name, kind)
@@ -69,10 +68,13 @@ def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str) -> di
     """The compile jobs of one of config.KERNELS and its variants, by name.
 
     A name with a colon is a variant of the kernel before the colon, with the same configuration:
-    with the displacement (offsets), the second part of the gate form's gradient, or the loss.
+    with the displacement (offsets), or the second part of the gate form's gradient.
     """
     if kernel.startswith("memory"):
-        return _memory_jobs(kernel, d, dtype, config, arch)
+        function = memory._forward_kernel if kernel.endswith("forward") else memory._backward_kernel
+        options = memory.options(config, config["BLOCK_N"], dtype, arch.startswith("gfx"))
+        constexprs = {"D": d} | {x: y for x, y in options.items() if x in function.arg_names}
+        return {kernel: Job.of(function, constexprs, dtype, dq_ptr=f"*{_TYPES[dtype]}")}
     blocks = {"D": d, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
     blocks["EXACT"] = dtype == torch.float32
     if kernel == "cross_frame_lse":
@@ -95,27 +97,6 @@ def jobs(kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str) -> di
         )
         for name, on in variants.items()
     }
-
-
-def _memory_jobs(
-    kernel: str, d: int, dtype: torch.dtype, config: dict, arch: str
-) -> dict[str, Job]:
-    absent = {
-        "memory_forward": ("delta_ptr", "loss_ptr"),
-        "memory_forward:loss": (),
-        "memory_backward": ("delta_ptr", "upstream_ptr"),
-        "memory_backward:loss": ("y_ptr",),
-    }
-    function = memory._forward_kernel if kernel.endswith("forward") else memory._backward_kernel
-    found = {}
-    for name, missing in absent.items():
-        if name.partition(":")[0] == kernel:
-            loss, amd = name.endswith("loss"), arch.startswith("gfx")
-            options = memory.options(config, config["BLOCK_N"], dtype, loss, amd)
-            constexprs = {"D": d, **options, **dict.fromkeys(missing)}
-            constexprs = {x: constexprs[x] for x in function.arg_names if x in constexprs}
-            found[name] = Job.of(function, constexprs, dtype, dq_ptr=f"*{_TYPES[dtype]}")
-    return found
 
 
 def prepass_jobs(d: int, dtype: torch.dtype) -> dict[str, Job]:

@@ -133,7 +133,9 @@ def block_pixels(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(source, first, BLOCK: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr = False):
+def load_rows(
+    source, first, BLOCK: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr = False
+):
     """Rows first .. first + BLOCK - 1 of a [pixels, C] matrix, by its pointer or descriptor."""
     if DESCRIPTOR:
         rows = source.load([tl.cast(first, tl.int32), 0])

@@ -11,9 +11,6 @@ Backward, with delta_i = do_i . y_i and dS_in = p_in (do_i . m_n - delta_i):
 One launch forward, one backward: its first programs own a tile of pixels and give dq and a share
 of ds, the others own a tile of entries and a chunk of the pixels and give a share of dm. Shares
 are added afterwards in a fixed order, so that equal inputs give equal bits.
-
-The loss of training stage 2, mean |y - q|, has do = sign(y - q) g / (P D): the forward kernel
-keeps the sign instead of y, and delta, and the same backward kernel starts from them.
 """
 
 import torch
@@ -50,17 +47,14 @@ def _forward_kernel(
     q_ptr,  # [P, D]
     m_ptr,  # [D, N]
     scale_ptr,  # []
-    out_ptr,  # [P, D], y; of the loss sign(y - q)
+    y_ptr,  # [P, D]
     lse_ptr,  # [P], base 2
-    delta_ptr,  # [P], loss only: sign(y - q) . y
-    loss_ptr,  # [programs], loss only: sum |y - q|
     P,
     N,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_N: tl.constexpr,
-    LOSS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # one program per BLOCK_M pixels
@@ -91,39 +85,27 @@ def _forward_kernel(
     y = acc / l[:, None]
     tl.store(lse_ptr + rows, m_i + tl.log2(l), mask=inside)
     offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
-    if LOSS:
-        # rows past the end have q = 0, but y is the mean entry there
-        error = tl.where(inside[:, None], y - q.to(tl.float32), 0.0)
-        sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0))
-        tl.store(out_ptr + offsets, sign.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-        tl.store(delta_ptr + rows, tl.sum(sign * y, axis=1), mask=inside)
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.abs(error)))
-    else:
-        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
-def _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D: tl.constexpr, LOSS: tl.constexpr):
-    """Do [M, D] and delta [M] of some pixels; the loss's still without its factor."""
+def _load_upstream(do_ptr, y_ptr, rows, P, D: tl.constexpr):
+    """Do [M, D] and delta [M] of some pixels."""
     do = _load_pixels(do_ptr, rows, P, D)
-    if LOSS:
-        delta = tl.load(delta_ptr + rows, mask=rows < P, other=0.0)
-    else:
-        y = _load_pixels(y_ptr, rows, P, D)
-        delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
-    return do, delta
+    y = _load_pixels(y_ptr, rows, P, D)
+    return do, tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
 
 
 @triton.jit
 def _dq_tile(
-    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, dscale_ptr, scale, factor, P, N,
+    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, dq_ptr, dscale_ptr, scale, P, N,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    LOSS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of dq and its share of dscale."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _load_pixels(q_ptr, rows, P, D)  # [M, D]
-    do, delta = _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D, LOSS)
+    do, delta = _load_upstream(do_ptr, y_ptr, rows, P, D)
     # past the end p = exp2(-inf) = 0
     lse = tl.load(lse_ptr + rows, mask=rows < P, other=float("inf"))
     dq = tl.zeros([BLOCK_M, D], tl.float32)
@@ -137,21 +119,18 @@ def _dq_tile(
         dp = tl.dot(do, m, input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(m.dtype), m.T, dq, input_precision=PRECISION)
-    dq *= factor
     tl.store(dscale_ptr + tl.program_id(0), tl.sum(dq * q.to(tl.float32)))
     dq *= scale
-    if LOSS:
-        dq -= do.to(tl.float32) * factor
     offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=rows[:, None] < P)
 
 
 @triton.jit
 def _dm_tile(
-    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dm_ptr, scale, factor, P, N,
+    q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, dm_ptr, scale, P, N,
     program, chunk_tiles,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    LOSS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The share of one chunk of pixels in the gradient of one tile of entries."""
     tiles = tl.cdiv(N, BLOCK_N)
@@ -162,7 +141,7 @@ def _dm_tile(
     for tile in range(0, chunk_tiles):
         rows = (chunk * chunk_tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         q = _load_pixels(q_ptr, rows, P, D)  # [M, D]
-        do, delta = _load_upstream(do_ptr, y_ptr, delta_ptr, rows, P, D, LOSS)
+        do, delta = _load_upstream(do_ptr, y_ptr, rows, P, D)
         lse = tl.load(lse_ptr + rows, mask=rows < P, other=float("inf"))
         s = tl.dot(m, q.T, input_precision=PRECISION)  # [N, M]
         p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
@@ -171,7 +150,7 @@ def _dm_tile(
         ds = p * (dp * scale - (delta * scale)[None, :])
         dm = tl.dot(ds.to(q.dtype), q, dm, input_precision=PRECISION)
     offsets = tl.arange(0, D)[None, :] * N + cols[:, None]
-    tl.store(dm_ptr + chunk * N * D + offsets, dm * factor, mask=cols[:, None] < N)
+    tl.store(dm_ptr + chunk * N * D + offsets, dm, mask=cols[:, None] < N)
 
 
 @triton.jit
@@ -179,11 +158,9 @@ def _backward_kernel(
     q_ptr,  # [P, D]
     m_ptr,  # [D, N]
     scale_ptr,  # []
-    do_ptr,  # [P, D]; of the loss sign(y - q)
-    y_ptr,  # [P, D]; None for the loss
+    do_ptr,  # [P, D]
+    y_ptr,  # [P, D]
     lse_ptr,  # [P], base 2
-    delta_ptr,  # [P], loss only
-    upstream_ptr,  # [], loss only: gradient of the loss
     dq_ptr,  # [P, D]
     dm_ptr,  # [chunks, D, N]
     dscale_ptr,  # [pixel tiles]
@@ -195,84 +172,57 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN_N: tl.constexpr,
-    LOSS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # one program per BLOCK_M pixels, then one per BLOCK_N entries and chunk of pixels
     scale = tl.load(scale_ptr)
-    factor = 1.0
-    if LOSS:
-        factor = tl.load(upstream_ptr) / (P * 1.0 * D)
     program = tl.program_id(0)
     if program < pixel_tiles:
         _dq_tile(
-            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, dscale_ptr, scale, factor,
-            P, N, D, BLOCK_M, BLOCK_N, EVEN_N, LOSS, PRECISION,
+            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, dq_ptr, dscale_ptr, scale, P, N,
+            D, BLOCK_M, BLOCK_N, EVEN_N, PRECISION,
         )  # fmt: skip
     else:
         _dm_tile(
-            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, delta_ptr, dm_ptr, scale, factor, P, N,
-            program - pixel_tiles, chunk_tiles, D, BLOCK_M, BLOCK_N, EVEN_N, LOSS, PRECISION,
+            q_ptr, m_ptr, do_ptr, y_ptr, lse_ptr, dm_ptr, scale, P, N,
+            program - pixel_tiles, chunk_tiles, D, BLOCK_M, BLOCK_N, EVEN_N, PRECISION,
         )  # fmt: skip
 
 
-def options(config: dict, n: int, dtype: torch.dtype, loss: bool, amd: bool = AMD) -> dict:
+def options(config: dict, n: int, dtype: torch.dtype, amd: bool = AMD) -> dict:
     """The constexprs of both kernels but D, and the launch options."""
     launch = {name: value for name, value in config.items() if name != "WARP_SPECIALIZE"}
     even = n % config["BLOCK_N"] == 0
-    return {**launch, "EVEN_N": even, "LOSS": loss, "PRECISION": layout.precision(dtype, amd)}
+    return {**launch, "EVEN_N": even, "PRECISION": layout.precision(dtype, amd)}
 
 
-def forward(
-    q: Tensor, memory: Tensor, scale: Tensor, config: dict, *, loss: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Launch the forward kernel.
+def forward(q: Tensor, memory: Tensor, scale: Tensor, config: dict) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel: y [..., D] and lse [...] in base 2.
 
     Args:
         q: [..., D] contiguous queries.
         memory: [D, N] contiguous entries.
         scale: [] float32, factor of the dot product.
         config: launch configuration of "memory_forward".
-        loss: give what mean |y - q| and its gradient need.
-
-    Returns:
-        y [..., D] and lse [...] in base 2; of the loss sign(y - q) in the place of y, lse,
-        delta [...] and the sums of |y - q| over the tiles of pixels.
     """
     (d, n), pixels = memory.shape, q.shape[:-1]
-    tiles = triton.cdiv(pixels.numel(), config["BLOCK_M"])
-    out = torch.empty_like(q)
-    lse = q.new_empty(pixels, dtype=torch.float32)
-    delta = torch.empty_like(lse) if loss else None
-    sums = lse.new_empty(tiles) if loss else None
+    y, lse = torch.empty_like(q), q.new_empty(pixels, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _forward_kernel[(tiles,)](
-            q, memory, scale, out, lse, delta, sums, pixels.numel(), n,
-            D=d, **options(config, n, q.dtype, loss),
-        )  # fmt: skip
-    return out, lse, delta, sums
+        _forward_kernel[(triton.cdiv(pixels.numel(), config["BLOCK_M"]),)](
+            q, memory, scale, y, lse, pixels.numel(), n, D=d, **options(config, n, q.dtype)
+        )
+    return y, lse
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    memory: Tensor,
-    scale: Tensor,
-    lse: Tensor,
-    config: dict,
-    *,
-    y: Tensor | None = None,
-    delta: Tensor | None = None,
-    upstream: Tensor | None = None,
+    do: Tensor, q: Tensor, memory: Tensor, scale: Tensor, y: Tensor, lse: Tensor, config: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel: dq [..., D], dmemory [D, N], dscale [].
 
     Args:
-        do: [..., D] gradient of y; of the loss sign(y - q).
-        q, memory, scale, lse: see `forward`.
+        do: [..., D] gradient of y.
+        q, memory, scale, y, lse: see `forward`.
         config: launch configuration of "memory_backward".
-        y: [..., D] output of the attention; None for the loss.
-        delta, upstream: of the loss, whose gradient is upstream [].
     """
     (d, n), pixels = memory.shape, lse.numel()
     pixel_tiles = triton.cdiv(pixels, config["BLOCK_M"])
@@ -284,9 +234,8 @@ def backward(
     dscale = lse.new_empty(pixel_tiles)
     with torch.cuda.device_of(q):
         _backward_kernel[(pixel_tiles + chunks * entry_tiles,)](
-            q, memory, scale, do, y, lse, delta, upstream, dq, dm, dscale,
-            pixels, n, pixel_tiles, chunk_tiles,
-            D=d, **options(config, n, q.dtype, y is None),
+            q, memory, scale, do, y, lse, dq, dm, dscale, pixels, n, pixel_tiles, chunk_tiles,
+            D=d, **options(config, n, q.dtype),
         )  # fmt: skip
     return dq, dm.sum(0).to(memory.dtype), dscale.sum()
 
@@ -317,7 +266,7 @@ def _config(kernel: str, q: Tensor) -> dict:
 @torch.library.custom_op("mana::memory_attention", mutates_args=())
 def _attention(q: Tensor, memory: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     q, memory = q.contiguous(), memory.contiguous()
-    return forward(q, memory, scale, _config("memory_forward", q))[:2]
+    return forward(q, memory, scale, _config("memory_forward", q))
 
 
 @_attention.register_fake
@@ -330,7 +279,7 @@ def _attention_backward(
     do: Tensor, q: Tensor, memory: Tensor, scale: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, memory, y = (x.contiguous() for x in (do, q, memory, y))
-    return backward(do, q, memory, scale, lse, _config("memory_backward", q), y=y)
+    return backward(do, q, memory, scale, y, lse, _config("memory_backward", q))
 
 
 @_attention_backward.register_fake
@@ -350,60 +299,7 @@ def _differentiate_attention(ctx, do, _):
 _attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
 
 
-@torch.library.custom_op("mana::memory_loss", mutates_args=())
-def _loss(q: Tensor, memory: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, memory = q.contiguous(), memory.contiguous()
-    sign, lse, delta, sums = forward(q, memory, scale, _config("memory_forward", q), loss=True)
-    assert delta is not None and sums is not None
-    return sums.sum() / q.numel(), sign, lse, delta
-
-
-@_loss.register_fake
-def _(q, memory, scale):
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    return lse.new_empty(()), q.new_empty(q.shape), lse, torch.empty_like(lse)
-
-
-@torch.library.custom_op("mana::memory_loss_backward", mutates_args=())
-def _loss_backward(
-    upstream: Tensor,
-    q: Tensor,
-    memory: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, memory = q.contiguous(), memory.contiguous()
-    config = _config("memory_backward", q)
-    return backward(sign, q, memory, scale, lse, config, delta=delta, upstream=upstream)
-
-
-@_loss_backward.register_fake
-def _(upstream, q, memory, scale, sign, lse, delta):
-    return q.new_empty(q.shape), memory.new_empty(memory.shape), torch.empty_like(scale)
-
-
-def _save_loss(ctx, inputs, output):
-    _, sign, lse, delta = output
-    ctx.save_for_backward(*inputs, sign, lse, delta)
-    ctx.mark_non_differentiable(sign, lse, delta)
-
-
-def _differentiate_loss(ctx, upstream, *_):
-    return _loss_backward(upstream, *ctx.saved_tensors)
-
-
-_loss.register_autograd(_differentiate_loss, setup_context=_save_loss)
-
-
 def memory_attention(q: Tensor, memory: Tensor, scale: Tensor) -> Tensor:
     """`reference.memory_attention` in one launch: q [B, H, W, D], memory [D, N], scale []."""
     _check(q, memory)
     return _attention(q, memory, scale)[0]
-
-
-def memory_loss(q: Tensor, memory: Tensor, scale: Tensor) -> Tensor:
-    """Mean |y - q|, the loss of training stage 2, in float32: y = memory_attention(q, ...)."""
-    _check(q, memory)
-    return _loss(q, memory, scale)[0]

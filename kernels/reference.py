@@ -22,7 +22,7 @@ class CrossFrame(NamedTuple):
     o: Tensor  # [B, T, h, W, D]
     displacement: Tensor | None  # [B, T, h, W, 2], (dy, dx) in pixels
     lse: Tensor  # [B, T, h, W], natural logarithm
-    density: float  # fraction of the (query, key) pairs that were visited, in (0, 1]
+    density: float | Tensor  # fraction of the (query, key) pairs that were visited, in (0, 1]
 
 
 def inv_2sigma2(sigma: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from . import config as tuning
-from . import reference
+from . import config, cross_frame, memory, reference
 from .inspect import Compiled, compile_job, jobs
 
 SHAPES = ((64, 112), (144, 180), (270, 480))  # low-resolution rows and columns
@@ -53,13 +52,13 @@ class Case(NamedTuple):
     width: int
 
     def __str__(self) -> str:
-        name = tuning.dtype_name(self.dtype)
+        name = config.dtype_name(self.dtype)
         return f"{self.kernel} {self.height}x{self.width} D={self.d} {name}"
 
 
 def candidates(kernel: str, arch: str, d: int, dtype: torch.dtype) -> list[dict]:
     """The configurations worth compiling, the default first."""
-    default = tuning.default_config(kernel, arch, d, dtype)
+    default = config.default_config(kernel, arch, d, dtype)
     flags = (False, True) if arch == "sm_90" and kernel == "cross_frame_forward" else (False,)
     amd = arch.startswith("gfx")  # twice as wide a warp
     warp, warps, stages = (64, (2, 4), (1, 2)) if amd else (32, (4, 8), (2, 3))
@@ -69,15 +68,12 @@ def candidates(kernel: str, arch: str, d: int, dtype: torch.dtype) -> list[dict]
         # fewer than 16 scores leave a thread idle, more than 128 do not fit into its registers
         if not 16 <= m * n // (warp * w) <= 128 or (flag and (m, w) != (128, 4)):
             continue
-        config = {
-            "BLOCK_M": m,
-            "BLOCK_N": n,
-            "num_warps": w,
-            "num_stages": stage,
+        options = {
+            "BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": stage,
             "WARP_SPECIALIZE": flag,
-        }
-        if config != default:
-            found.append(config)
+        }  # fmt: skip
+        if options != default:
+            found.append(options)
     return found
 
 
@@ -93,9 +89,9 @@ class Request(NamedTuple):
 
 def compile_request(request: Request) -> dict[str, Compiled | str]:
     """The kernel and its variants, by name; a string says why one does not compile."""
-    kernel, arch, d, dtype, config = request
-    every = jobs(kernel, d, dtype, config, arch)
-    return {name: compile_job(job, config, arch) for name, job in every.items()}
+    kernel, arch, d, dtype, options = request
+    every = jobs(kernel, d, dtype, options, arch)
+    return {name: compile_job(job, options, arch) for name, job in every.items()}
 
 
 def compile_pool() -> ProcessPoolExecutor:
@@ -126,45 +122,85 @@ def cost(compiled: dict[str, Compiled | str]) -> float:
 
 
 class Problem(NamedTuple):
-    """An operation and its operands, in float64 or in the type of the case."""
+    """What launches a kernel, and what its results are compared with; both give a list."""
 
-    run: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    inputs: list[Tensor]  # those with a gradient first
-    differentiable: int  # how many those are
-    do: Tensor
+    run: Callable[[], list[Tensor]]
+    reference: Callable[[bool], list[Tensor]]  # in float64 (True) or in the type of the case
 
 
 def make_problem(case: Case, height: int, width: int, device: torch.device, exact: bool) -> Problem:
-    """Random operands of the operation that launches the kernel; `exact` visits every pair."""
+    """Random operands; a backward kernel gives gradients, `exact` visits every pair."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         x = torch.randn(*size, case.d, generator=generator, device=device)
         return x.to(case.dtype)
 
-    scale = torch.tensor(case.d**-0.5, device=device)
-    q = normal(1, height, width)
+    q, scale = normal(1, height, width), torch.tensor(case.d**-0.5, device=device)
     if case.kernel.startswith("memory"):
-        from .memory import memory_attention
-
-        inputs = [q, normal(ENTRIES).T.contiguous(), scale]
-        return Problem(memory_attention, reference.memory_attention, inputs, 2, torch.randn_like(q))
-
-    from mana_triton.attention import cross_frame_attention
-
+        entries = normal(ENTRIES).T.contiguous()
+        return _memory_problem(case.kernel, q, entries, scale)
     k, v = (normal(1, FRAMES, height, width) for _ in range(2))
-    form = "gate" if case.kernel == "cross_frame_lse" else "bias"
-    tolerance = 0.0 if exact else 1e-3
-    return Problem(
-        lambda q, k, v, sigma, scale: cross_frame_attention(
-            q, k, v, sigma, gaussian=form, scale=scale, tolerance=tolerance, backend="triton"
-        ),
-        lambda *x: reference.cross_frame_attention(*x, gaussian=form).o,
-        [q, k, v, torch.tensor(SIGMA, device=device), scale],
-        3,
-        torch.randn_like(v),
-    )
+    inputs = [q, k, v, torch.tensor(SIGMA, device=device), scale]
+    return _cross_frame_problem(case.kernel, inputs, 0.0 if exact else 1e-3)
+
+
+def _memory_problem(kernel: str, q: Tensor, entries: Tensor, scale: Tensor) -> Problem:
+    do = torch.randn_like(q)
+
+    def differentiated(wide: bool) -> list[Tensor]:
+        inputs = [x.double() if wide else x for x in (q, entries, scale)]
+        return _reference(reference.memory_attention, inputs, do, 2 if is_backward(kernel) else 0)
+
+    height, width, d = q.shape[1:]
+    options = partial(config.launch_config, d=d, dtype=q.dtype, height=height, width=width)
+    forward = partial(memory.forward, q, entries, scale)
+    if not is_backward(kernel):
+        return Problem(
+            lambda: [forward(options("memory_forward", device=q.device))[0]], differentiated
+        )
+    y, lse = forward(options("memory_forward", device=q.device))
+
+    def run() -> list[Tensor]:
+        launch = options("memory_backward", device=q.device)
+        return [*memory.backward(do, q, entries, scale, y, lse, launch)[:2]]
+
+    return Problem(run, differentiated)
+
+
+def _cross_frame_problem(kernel: str, inputs: list[Tensor], tolerance: float) -> Problem:
+    options: dict[str, Any] = {"offsets": False, "first_row": 0}
+    options["gaussian"] = "gate" if kernel == "cross_frame_lse" else "bias"
+    do = torch.randn_like(inputs[2])
+
+    def definition(*x: Tensor) -> Tensor:
+        return reference.cross_frame_attention(*x, **options).o
+
+    def differentiated(wide: bool) -> list[Tensor]:
+        wanted = 3 if is_backward(kernel) else 0
+        return _reference(definition, [x.double() if wide else x for x in inputs], do, wanted)
+
+    forward = partial(cross_frame.forward, *inputs, **options, tolerance=tolerance)
+    if not is_backward(kernel):
+        return Problem(lambda: [forward().o], differentiated)
+    result = forward()
+    dlse = torch.zeros_like(result.lse)
+
+    def run() -> list[Tensor]:
+        return [*cross_frame.backward(do, dlse, dlse, *inputs, result, **options)[:3]]
+
+    return Problem(run, differentiated)
+
+
+def _reference(
+    function: Callable[..., Tensor], inputs: list[Tensor], do: Tensor, differentiable: int
+) -> list[Tensor]:
+    """The output, or the gradients of the first inputs."""
+    inputs = [x.detach().requires_grad_(n < differentiable) for n, x in enumerate(inputs)]
+    o = function(*inputs)
+    if not differentiable:
+        return [o]
+    return [*torch.autograd.grad(o, inputs[:differentiable], do.to(o.dtype))]
 
 
 def is_backward(kernel: str) -> bool:
@@ -173,22 +209,10 @@ def is_backward(kernel: str) -> bool:
 
 
 def wrong(case: Case, device: torch.device) -> str:
-    """How the operation departs from float64 beyond rounding; empty if it does not."""
+    """How the results differ from float64 beyond rounding; empty if they do not."""
     problem = make_problem(case, *CHECK, device, exact=True)
-
-    def results(function: Callable[..., Tensor], wide: bool) -> list[Tensor]:
-        inputs = [x.double() if wide else x.clone() for x in problem.inputs]
-        differentiable = inputs[: problem.differentiable]
-        for x in differentiable:
-            x.requires_grad_()
-        o = function(*inputs)
-        if not is_backward(case.kernel):
-            return [o.detach()]
-        return [*torch.autograd.grad(o, differentiable, problem.do.to(o.dtype))]
-
-    actual = results(problem.run, wide=False)
-    eager, exact = (results(problem.reference, wide=wide) for wide in (False, True))
-    for x, y, z in zip(actual, eager, exact, strict=True):
+    eager, exact = problem.reference(False), problem.reference(True)
+    for x, y, z in zip(problem.run(), eager, exact, strict=True):
         rounding = torch.finfo(case.dtype).eps / 2 * z.abs().max()
         budget = SLACK[is_backward(case.kernel)] * ((y - z).abs().max() + rounding)
         error = (x - z).abs().max()
@@ -199,21 +223,7 @@ def wrong(case: Case, device: torch.device) -> str:
 
 def measure(case: Case, device: torch.device) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile of the operation, or of its backward pass, in ms."""
-    problem = make_problem(case, case.height, case.width, device, exact=False)
-    if is_backward(case.kernel):
-        inputs = problem.inputs[: problem.differentiable]
-        for x in inputs:
-            x.requires_grad_()
-        o = problem.run(*problem.inputs)
-
-        def run() -> Any:
-            return torch.autograd.grad(o, inputs, problem.do, retain_graph=True)
-    else:
-
-        def run() -> Any:
-            with torch.no_grad():
-                return problem.run(*problem.inputs)
-
+    run = make_problem(case, case.height, case.width, device, exact=False).run
     times = np.array(triton.testing.do_bench(run, warmup=25, rep=100, return_mode="all"))
     low, ms, high = np.percentile(times, [20, 50, 80]).tolist()
     return ms, low, high
@@ -236,7 +246,7 @@ def tune(
         compile_all: `compile_all` with a pool.
         measure, wrong: the other two steps.
     """
-    gpu, arch = torch.cuda.get_device_name(device), tuning.architecture(device)
+    gpu, arch = torch.cuda.get_device_name(device), config.architecture(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     console = Console(stderr=True)
     sound: dict[tuple, list[tuple[dict, Compiled]]] = {}
@@ -245,7 +255,7 @@ def tune(
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("cases", total=len(cases))
         for case in cases:
-            entry = find(tuning.tuned(), gpu, case)
+            entry = find(config.tuned(), gpu, case)
             if not (entry and entry["complete"] and versions.items() <= entry.items()):
                 key = case[:3]
                 if key not in sound:
@@ -266,15 +276,15 @@ def check_candidates(
     """The candidates without flaws and what they compile to, most promising first."""
     kernel, d, dtype = key
     configs = candidates(kernel, arch, d, dtype)
-    requests = [Request(kernel, arch, d, dtype, config) for config in configs]
+    requests = [Request(kernel, arch, d, dtype, options) for options in configs]
     sound = []
-    for config, compiled in zip(configs, compile_all(requests), strict=True):
+    for options, compiled in zip(configs, compile_all(requests), strict=True):
         if reason := verdict(compiled, arch):
-            console.print(f"dropped {kernel} {describe(config)}: {reason}", highlight=False)
+            console.print(f"dropped {kernel} {describe(options)}: {reason}", highlight=False)
         else:
-            sound.append((cost(compiled), config, compiled[kernel]))
+            sound.append((cost(compiled), options, compiled[kernel]))
     sound.sort(key=lambda x: x[0])
-    return [(config, result) for _, config, result in sound]
+    return [(options, result) for _, options, result in sound]
 
 
 def search(
@@ -289,18 +299,18 @@ def search(
     """The fastest of the candidates as fields of an entry; None if there was no time for any."""
     best, complete = None, True
     task = progress.add_task(str(case), total=len(sound))
-    for config, compiled in sound:
+    for options, compiled in sound:
         if time.monotonic() > deadline:
             complete = False
             break
-        with tuning.pinned(case.kernel, config):
+        with config.pinned(case.kernel, options):
             if reason := wrong(case, device):
-                progress.console.print(f"dropped {case} {describe(config)}: {reason}")
+                progress.console.print(f"dropped {case} {describe(options)}: {reason}")
             else:
                 ms, p20, p80 = measure(case, device)
                 if best is None or ms < best["ms"]:
                     best = {
-                        "config": config, "ms": ms, "p20": p20, "p80": p80,
+                        "config": options, "ms": ms, "p20": p20, "p80": p80,
                         "registers": compiled.registers, "shared": compiled.shared,
                     }  # fmt: skip
         progress.advance(task)
@@ -311,7 +321,7 @@ def search(
 
 
 def _fields(case: Case) -> dict:
-    return {**case._asdict(), "dtype": tuning.dtype_name(case.dtype)}
+    return {**case._asdict(), "dtype": config.dtype_name(case.dtype)}
 
 
 def find(entries: list[dict], gpu: str, case: Case) -> dict | None:
@@ -327,12 +337,12 @@ def record(entry: dict) -> None:
     def place(x: dict) -> tuple:
         return tuple(x[key] for key in keys)
 
-    entries = [x for x in tuning.tuned() if place(x) != place(entry)] + [entry]
+    entries = [x for x in config.tuned() if place(x) != place(entry)] + [entry]
     lines = ",\n".join(json.dumps(x) for x in sorted(entries, key=place))
-    draft = tuning.TUNED.with_suffix(".tmp")
+    draft = config.TUNED.with_suffix(".tmp")
     draft.write_text(f"[\n{lines}\n]\n")
-    draft.replace(tuning.TUNED)
-    tuning.forget()
+    draft.replace(config.TUNED)
+    config.forget()
 
 
 def describe(config: dict) -> str:
@@ -359,9 +369,9 @@ def show(entries: list[dict]) -> None:
 def compile_only(kernels: list[str], archs: list[str], ds: list[int], dtypes: list[str]) -> dict:
     """Compile every candidate, print what it became, and return the same as one object."""
     requests = [
-        Request(kernel, arch, d, DTYPES[name], config)
+        Request(kernel, arch, d, DTYPES[name], options)
         for kernel, arch, d, name in product(kernels, archs, ds, dtypes)
-        for config in candidates(kernel, arch, d, DTYPES[name])
+        for options in candidates(kernel, arch, d, DTYPES[name])
     ]
     table = Table(
         "kernel", "arch", "D", "type", "configuration", "registers", "spills", "shared KiB",
@@ -374,7 +384,7 @@ def compile_only(kernels: list[str], archs: list[str], ds: list[int], dtypes: li
             for name, result in compiled.items():
                 where = {
                     "kernel": name, "arch": request.arch, "d": request.d,
-                    "dtype": tuning.dtype_name(request.dtype), "config": request.config,
+                    "dtype": config.dtype_name(request.dtype), "config": request.config,
                 }  # fmt: skip
                 if isinstance(result, str):
                     figures, flaws = {}, [result]
@@ -415,8 +425,8 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    kernels, archs = ", ".join(tuning.KERNELS), ", ".join(tuning.ARCHITECTURES)
-    add("--kernels", nargs="+", choices=tuning.KERNELS, default=tuning.KERNELS, metavar="KERNEL",
+    kernels, archs = ", ".join(config.KERNELS), ", ".join(config.ARCHITECTURES)
+    add("--kernels", nargs="+", choices=config.KERNELS, default=config.KERNELS, metavar="KERNEL",
         help=f"of {kernels}; all by default")  # fmt: skip
     add("--shapes", type=shapes, default=SHAPES, metavar="HxW,...",
         help="low-resolution frames (default: 64x112,144x180,270x480)")  # fmt: skip
@@ -427,7 +437,7 @@ def parse() -> argparse.Namespace:
     add("--compile-only", metavar="ARCH,...", type=lambda text: text.split(","),
         help=f"compile every candidate, no GPU needed: {archs}")  # fmt: skip
     args = parser.parse_args()
-    if unknown := set(args.compile_only or ()) - set(tuning.ARCHITECTURES):
+    if unknown := set(args.compile_only or ()) - set(config.ARCHITECTURES):
         parser.error(f"ARCH must be one of {archs}, got {', '.join(unknown)}")
     return args
 

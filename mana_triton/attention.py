@@ -1,14 +1,15 @@
 """The two attentions of MANA: argument checks and choice of backend."""
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mana_triton.kernels import reference, tiled
+from mana_triton.kernels.reference import CrossFrame
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
 GAUSSIANS = ("bias", "gate")
@@ -18,6 +19,7 @@ TOLERANCE = {
     torch.float16: 1e-3,
     torch.bfloat16: 1e-3,
 }
+STREAM_TOLERANCE = 0.03  # of streams; on real clips below 0.001 of a step of 8 bits
 
 
 def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
@@ -71,7 +73,7 @@ def cross_frame_attention(
     backend: str = "auto",
     first_row: int = 0,
     return_lse: bool = False,
-    return_visited: bool = False,
+    return_density: bool = False,
 ) -> Any:
     """Attend from every pixel of the center frame to T frames, favoring nearby pixels.
 
@@ -85,65 +87,60 @@ def cross_frame_attention(
         sigma: [] standard deviation of the Gaussian in pixels, > 0; infinity is plain attention.
         gaussian: "bias" or "gate".
         scale: [] factor s of the dot product; None is 1 / sqrt(D).
-        tolerance: bound eta on the part of the softmax that far keys may carry unseen, relative
-            to the part kept: the error is at most eta (max|v| + |o|). None is 1e-6 for float32
-            and 1e-3 for half precision; 0 visits every pair.
+        tolerance: bound eta on the part of the softmax that dropped keys hold, relative to the
+            part that kept keys hold: the error is at most eta (max|v| + |o|). None is 1e-6 for
+            float32 and 1e-3 for half precision; 0 visits every pair.
         offsets: also return the expected displacement sum_j a_ij (p_j - p_i).
         backend: "auto", "triton", "tiled" or "reference".
-        first_row: row of the frame at which a band of queries starts.
+        first_row: first row of a band of queries in the frame.
         return_lse: also return the natural log-sum-exp of the softmax's logits.
-        return_visited: also return the fraction of (query, key) pairs that the result rests on.
+        return_density: also return the fraction of (query, key) pairs that were visited.
 
     Returns:
         o [B, T, H, W, D]; or a tuple of it and, as asked for and in this order, displacement
-        [B, T, H, W, 2] as (dy, dx) in pixels, lse [B, T, H, W], visited (float).
+        [B, T, H, W, 2] as (dy, dx) in pixels, lse [B, T, H, W], density (float).
 
     Raises:
         ValueError: shapes, devices or types that do not fit; sigma or tolerance out of range.
     """
-    _check_frames(q, k, v, first_row)
-    if gaussian not in GAUSSIANS:
-        raise ValueError(f"gaussian must be one of {', '.join(GAUSSIANS)}, got {gaussian!r}")
-    if tolerance is None:
-        tolerance = TOLERANCE[q.dtype]
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
-    # a compiled graph cannot look at a tensor's value, and a GPU would be waited for
-    hidden = isinstance(sigma, Tensor) and (
-        sigma.device.type != "cpu" or torch.compiler.is_compiling()
-    )
-    given, sigma = sigma, _scalar("sigma", sigma, q)
-    scale = _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
-    if not hidden and not given > 0:
-        raise ValueError(f"sigma must be > 0 (infinity allowed), got {float(given)}")
-    name, _ = choose_backend(backend, q.device)
-    if name == "triton":
-        _check_triton(q)
-    if name == "triton" or (name == "tiled" and torch.compiler.is_compiling()):
-        result = _attend(
-            q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, name, return_visited
-        )[:4]
-        if return_visited and not torch.compiler.is_compiling():
-            result = (*result[:3], result[3].item())
-    elif name == "reference":
-        from mana_triton.kernels import reference
-
-        result = reference.cross_frame_attention(
-            q, k, v, sigma, scale, gaussian=gaussian, offsets=offsets, first_row=first_row
-        )
-    else:
-        from mana_triton.kernels import tiled
-
-        result = tiled.cross_frame_attention(
-            q, k, v, sigma, scale,
-            gaussian=gaussian, offsets=offsets, tolerance=tolerance, first_row=first_row,
-        )  # fmt: skip
-    wanted = (True, offsets, return_lse, return_visited)
+    tolerance = _check_options(q, k, v, gaussian, tolerance, first_row)
+    sigma, scale = _check_sigma(sigma, q), _scale(scale, q)
+    inputs, options = (q, k, v, sigma, scale), (gaussian, offsets, tolerance, first_row)
+    result = _on_backend(choose_backend(backend, q.device)[0], inputs, options, return_density)
+    wanted = (True, offsets, return_lse, return_density)
     outputs = [x for x, want in zip(result, wanted, strict=True) if want]
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-# --- the operator: what PyTorch's compiler and exporter see, one node with a gradient
+def _on_backend(
+    name: str,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    options: tuple,
+    return_density: bool,
+) -> CrossFrame:
+    """What the backend returns for q, k, v, sigma, scale and the operator's options."""
+    gaussian, offsets, tolerance, first_row = options
+    if name == "reference":
+        return reference.cross_frame_attention(
+            *inputs, gaussian=gaussian, offsets=offsets, first_row=first_row
+        )
+    if name == "triton":
+        _check_triton(inputs[0])
+    elif not torch.compiler.is_compiling():
+        return tiled.cross_frame_attention(
+            *inputs, gaussian=gaussian, offsets=offsets, tolerance=tolerance, first_row=first_row
+        )
+    o, displacement, lse, density, window_radius = _attend(*inputs, *options, name)
+    if return_density and name == "triton":
+        from mana_triton.kernels import cross_frame
+
+        density = cross_frame.density(window_radius, inputs[0], inputs[1], first_row)
+    if return_density and not torch.compiler.is_compiling():
+        density = density.item()
+    return CrossFrame(o, displacement, lse, density)
+
+
+# --- the operator: one node with a gradient for PyTorch's compiler and exporter
 
 
 @torch.library.custom_op("mana::cross_frame_attention", mutates_args=())
@@ -158,58 +155,42 @@ def _attend(
     tolerance: float,
     first_row: int,
     backend: str,
-    count: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`cross_frame_attention` on checked arguments: o, displacement, lse, visited, Triton's plan.
+    """`cross_frame_attention` on checked arguments: o, displacement, lse, density, window radius.
 
-    The displacement is [0] without `offsets`, visited is not a number without `count`, the plan
-    is [0] on other backends.
+    The displacement is [0] without `offsets`, the window radius on backend "tiled", where the
+    density is known; backend "triton" gives nan, and the window radius of each query tile.
     """
-    options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
+    options = {"gaussian": gaussian, "offsets": offsets, "tolerance": tolerance}
     if backend == "triton":
         from mana_triton.kernels import cross_frame
 
         with torch.cuda.device_of(q):
-            result = cross_frame.forward(q, k, v, sigma, scale, tolerance=tolerance, **options)
-            visited = cross_frame.visited_fraction(result, q, k, first_row) if count else None
-        return *result[:3], _visited(visited, q), result.halo
-    attend, options = _in_pytorch(backend, options, tolerance)
-    o, displacement, lse, visited = attend(q, k, v, sigma, scale, **options)
-    displacement = lse.new_empty(0) if displacement is None else displacement.to(sigma.dtype)
-    return (
-        o.contiguous(), displacement.contiguous(), lse.to(sigma.dtype).contiguous(),
-        _visited(visited, q), q.new_empty(0, dtype=torch.int32),
-    )  # fmt: skip
-
-
-def _visited(fraction: Tensor | float | None, like: Tensor) -> Tensor:
-    fraction = math.nan if fraction is None else fraction
-    return torch.as_tensor(fraction, dtype=torch.float64, device=like.device)
-
-
-def _in_pytorch(backend: str, options: dict, tolerance: float) -> tuple[Callable, dict]:
-    """The function of a backend that autograd differentiates, and its options."""
-    if backend == "reference":
-        from mana_triton.kernels import reference
-
-        return reference.cross_frame_attention, options
-    from mana_triton.kernels import tiled
-
-    return tiled.cross_frame_attention, {**options, "tolerance": tolerance}
+            result = cross_frame.forward(q, k, v, sigma, scale, **options, first_row=first_row)
+        return *result[:3], q.new_full((), math.nan, dtype=torch.float64), result.window_radius
+    o, displacement, lse, density = tiled.cross_frame_attention(
+        q, k, v, sigma, scale, **options, first_row=first_row
+    )
+    displacement = lse.new_empty(0) if displacement is None else displacement
+    density = torch.as_tensor(density, dtype=torch.float64, device=q.device)
+    return o, displacement, lse, density, q.new_empty(0, dtype=torch.int32)
 
 
 @_attend.register_fake
-def _(q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, backend, count):
+def _(q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, backend):
     b, rows, width, d = q.shape
     shape = (b, k.shape[1], rows, width)
-    triton = backend == "triton"
-    tiles = (rows + 7) // 8 * ((width + 15) // 16)
+    window_radius: tuple[int, ...] = (0,)
+    if backend == "triton":
+        from mana_triton.kernels.layout import query_tiles
+
+        window_radius = (b, k.shape[1], query_tiles(rows, width))
     return (
         q.new_empty(*shape, d),
         sigma.new_empty((*shape, 2) if offsets else (0,)),
         sigma.new_empty(shape),
         sigma.new_empty((), dtype=torch.float64),
-        q.new_empty((b, k.shape[1], tiles) if triton else (0,), dtype=torch.int32),
+        q.new_empty(window_radius, dtype=torch.int32),
     )
 
 
@@ -226,7 +207,7 @@ def _attend_backward(
     o: Tensor,
     displacement: Tensor,
     lse: Tensor,
-    plan: Tensor,
+    window_radius: Tensor,
     gaussian: str,
     offsets: bool,
     tolerance: float,
@@ -234,28 +215,15 @@ def _attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sigma and scale from those of o, displacement and lse."""
-    inputs = (q, k, v, sigma, scale)
+    grads, inputs = (do, dd, dlse), (q, k, v, sigma, scale)
     options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}
     if backend == "triton":
         from mana_triton.kernels import cross_frame
 
-        result = cross_frame.Result(o, displacement, lse, plan)
+        result = cross_frame.Result(o, displacement, lse, window_radius)
         with torch.cuda.device_of(q):
-            return cross_frame.backward(do, dd, dlse, *inputs, result, **options)
-    attend, options = _in_pytorch(backend, options, tolerance)
-
-    def differentiate() -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        outputs = attend(*leaves, **options)[:3]
-        pairs = [(x, w) for x, w in zip(outputs, (do, dd, dlse), strict=True) if x is not None]
-        weights = [w.to(x.dtype) for x, w in pairs]
-        grads = torch.autograd.grad([x for x, _ in pairs], leaves, weights)
-        return tuple(x.contiguous() for x in grads)
-
-    # inside an operator nothing is recorded for autograd, on another thread it is
-    with ThreadPoolExecutor(1) as thread:
-        dq, dk, dv, dsigma, dscale = thread.submit(differentiate).result()
-    return dq, dk, dv, dsigma, dscale
+            return cross_frame.backward(*grads, *inputs, result, **options)
+    return tiled.backward(*grads, *inputs, **options, tolerance=tolerance)
 
 
 @_attend_backward.register_fake
@@ -264,16 +232,16 @@ def _(do, dd, dlse, q, k, v, sigma, scale, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, gaussian, offsets, tolerance, first_row, backend, _ = inputs
-    o, displacement, lse, visited, plan = output
-    ctx.save_for_backward(*tensors, o, displacement, lse, plan)
+    *tensors, gaussian, offsets, tolerance, first_row, backend = inputs
+    o, displacement, lse, density, window_radius = output
+    ctx.save_for_backward(*tensors, o, displacement, lse, window_radius)
     ctx.options = gaussian, offsets, tolerance, first_row, backend
-    ctx.mark_non_differentiable(visited, plan)
+    ctx.mark_non_differentiable(density, window_radius)
 
 
 def _differentiate(ctx, *grads):
     backward = torch.ops.mana.cross_frame_attention_backward
-    return *backward(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 6
+    return *backward(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -296,29 +264,20 @@ def memory_attention(
     Raises:
         ValueError: shapes, devices or types that do not fit.
     """
-    scale = _check_memory(q, memory, scale)
     name, _ = choose_backend(backend, q.device)
+    scale = _check_memory(q, memory, scale)
     if name == "triton":
         from mana_triton.kernels.memory import memory_attention as attend
-    elif name == "reference":
-        from mana_triton.kernels.reference import memory_attention as attend
     else:
-        from mana_triton.kernels.tiled import memory_attention as attend
+        attend = (reference if name == "reference" else tiled).memory_attention
     return attend(q, memory, scale)
 
 
 def memory_loss(
     q: Tensor, memory: Tensor, *, scale: Tensor | float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Mean |y - q| [] of y = memory_attention(q, memory): how well the memory bank knows q.
-
-    The loss of training stage 2 (section 3.4); arguments and errors are `memory_attention`'s.
-    """
-    if choose_backend(backend, q.device)[0] != "triton":
-        return F.l1_loss(memory_attention(q, memory, scale=scale, backend=backend), q)
-    from mana_triton.kernels.memory import memory_loss as attend
-
-    return attend(q, memory, _check_memory(q, memory, scale))
+    """Mean |y - q| [] of y = memory_attention(q, memory), the loss of training stage 2."""
+    return F.l1_loss(memory_attention(q, memory, scale=scale, backend=backend), q)
 
 
 def _check_memory(q: Tensor, memory: Tensor, scale: Tensor | float | None) -> Tensor:
@@ -329,6 +288,35 @@ def _check_memory(q: Tensor, memory: Tensor, scale: Tensor | float | None) -> Te
             f"got {list(q.shape)} and {list(memory.shape)}"
         )
     _check_like("memory", memory, q)
+    return _scale(scale, q)
+
+
+def _check_options(
+    q: Tensor, k: Tensor, v: Tensor, gaussian: str, tolerance: float | None, first_row: int
+) -> float:
+    """The tolerance; ValueError if operands or options of the cross-frame attention do not fit."""
+    _check_frames(q, k, v, first_row)
+    if gaussian not in GAUSSIANS:
+        raise ValueError(f"gaussian must be one of {', '.join(GAUSSIANS)}, got {gaussian!r}")
+    if tolerance is None:
+        tolerance = TOLERANCE[q.dtype]
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
+    return tolerance
+
+
+def _check_sigma(sigma: Tensor | float, q: Tensor) -> Tensor:
+    # a compiled graph cannot look at a tensor's value, and a GPU would be waited for
+    hidden = isinstance(sigma, Tensor) and (
+        sigma.device.type != "cpu" or torch.compiler.is_compiling()
+    )
+    checked = _scalar("sigma", sigma, q)
+    if not hidden and not sigma > 0:
+        raise ValueError(f"sigma must be > 0 (infinity allowed), got {float(sigma)}")
+    return checked
+
+
+def _scale(scale: Tensor | float | None, q: Tensor) -> Tensor:
     return _scalar("scale", q.shape[-1] ** -0.5 if scale is None else scale, q)
 
 
@@ -358,12 +346,12 @@ def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
 
 
 def _check_triton(q: Tensor) -> None:
-    from mana_triton.kernels.cross_frame import DTYPES, HEADS
+    from mana_triton.kernels.layout import DTYPES, HEAD_DIMS
 
-    if q.shape[-1] not in HEADS or q.dtype not in DTYPES:
+    if q.shape[-1] not in HEAD_DIMS or q.dtype not in DTYPES:
         raise ValueError(
-            f"backend 'triton' needs D in {', '.join(map(str, HEADS))} and float16, bfloat16 or "
-            f"float32, got D={q.shape[-1]} and {q.dtype}; use backend 'tiled'"
+            f"backend 'triton' needs D in {', '.join(map(str, HEAD_DIMS))} and float16, bfloat16 "
+            f"or float32, got D={q.shape[-1]} and {q.dtype}; use backend 'tiled'"
         )
 
 

@@ -31,7 +31,6 @@ stopped (one line says why), 2 wrong usage.
 import argparse
 import copy
 import functools
-import hashlib
 import json
 import math
 import re
@@ -55,8 +54,9 @@ from torch.export import Dim, ExportedProgram
 
 from mana_triton.attention import TOLERANCE
 from mana_triton.checkpoint import WEIGHTS, CheckpointError, load, named_weights
-from mana_triton.files import write_atomically
-from mana_triton.kernels.tiled import _gaussian_outside
+from mana_triton.files import content_hash, write_atomically
+from mana_triton.kernels.reference import inv_2sigma2
+from mana_triton.kernels.strips import certified_radius, log_gaussian_outside
 from mana_triton.model import MANA
 from mana_triton.resize import SCALE
 
@@ -83,7 +83,7 @@ class Layout(NamedTuple):
 
 def layout(model: MANA, height: int, width: int) -> Layout:
     """The division for a frame size; ExportError if a square would take too much memory."""
-    radius = certified_radius(model, max(height, width))
+    radius = window_radius(model, max(height, width))
     keys = min(SIDE + 2 * radius, height) * min(SIDE + 2 * radius, width)
     nbytes = 4 * model.config.frames * SIDE**2 * keys
     if nbytes > LARGEST:
@@ -95,17 +95,15 @@ def layout(model: MANA, height: int, width: int) -> Layout:
     return Layout(radius, nbytes)
 
 
-def certified_radius(model: MANA, longest: int) -> int:
+def window_radius(model: MANA, longest: int) -> int:
     """Pixels beyond which keys weigh less than 1e-6 whatever the frames; `longest` is all keys."""
-    sigma = float(model.sigma.detach())
-    if model.config.match != "cosine" or model.config.gaussian != "bias" or math.isinf(sigma):
+    sigma = model.sigma.detach().double()
+    if model.config.match != "cosine" or model.config.gaussian != "bias" or sigma.isinf():
         return longest
-    c = 1 / (2 * max(sigma, 1e-15) ** 2)
-    # any logit is at most tau, and that of the key at the query's own place at least -tau
-    spread = 2 * abs(float(model.temperature.detach()))
-    outside = _gaussian_outside(c, longest)
-    enough = outside + spread <= math.log(TOLERANCE[torch.float32])
-    return int(enough.to(torch.int8).argmax()) if enough.any() else longest
+    # a logit is at most tau, and that of the key at the query's own place at least -tau
+    spread = 2 * model.temperature.detach().double().abs()
+    outside = log_gaussian_outside(inv_2sigma2(sigma).item(), longest)
+    return int(certified_radius(spread, outside, TOLERANCE[torch.float32]))
 
 
 def static_attention(
@@ -175,7 +173,6 @@ def program(model: MANA, height: int, width: int) -> ExportedProgram:
     """
     division = layout(model, height, width)
     model = copy.deepcopy(model).eval().float().cpu()
-    model.backend = "tiled"
     frames = torch.zeros(2, model.config.frames, 3, height, width)
     # what it has seen before, of another size, would make the loop's sizes unknown
     torch.compiler.reset()
@@ -327,7 +324,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.weights)
     named = args.weights in named_weights()
     file = WEIGHTS / f"{args.weights}.safetensors" if named else Path(args.weights)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = content_hash(file)
     division = layout(model, height, width)
     reach = "every key" if division.radius >= max(height, width) else (
         f"keys up to {division.radius} pixels away"
@@ -339,7 +336,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     about = {"weights": args.weights, "weights_sha256": digest}
     content, worst = export(model, height, width, output.suffix, about)
-    write_atomically(output, lambda part: part.write_bytes(content))
+    write_atomically(output, content)
     opset = OPSET if output.suffix == ".onnx" else None
     console.print(
         f"{output}: {len(content) / 2**20:.1f} MiB"

@@ -1,8 +1,8 @@
 """Enlarge videos and pictures four times: the command line of `mana_triton.jobs`."""
 
-from mana_triton import host
+from mana_triton import runtime
 
-host.tune()  # before torch is imported
+runtime.configure_process()  # before torch is imported
 
 import argparse
 import json
@@ -43,32 +43,15 @@ def parse_options(argv: list[str] | None = None) -> JobOptions:
     if args.start is not None and args.end is not None and args.start >= args.end:
         parser.error(f"--end must come after --start, got {args.start} and {args.end}")
     return JobOptions(
-        input=args.input,
-        output=args.output,
-        model=args.model,
+        args.input, args.output, args.model,
         engine=EngineOptions(
-            device=args.device,
-            precision=args.precision,
-            tile=args.tile,
-            backend=args.backend,
-            memory_budget=args.memory_budget,
+            args.device, args.precision, args.tile, args.backend, memory_budget=args.memory_budget
         ),
-        encode=EncodeOptions(
-            codec=args.codec,
-            crf=args.crf,
-            options=tuple(dict(args.encoder).items()),
-            lossless=args.lossless,
-        ),
-        start=args.start,
-        end=args.end,
-        stream=args.stream,
-        limits=not args.no_limits,
-        compare=args.compare,
-        preview=args.preview,
-        overwrite=args.overwrite,
-        restart=args.restart,
-        segment=args.segment,
-    )
+        encode=EncodeOptions(args.codec, args.crf, tuple(args.encoder), args.lossless),
+        start=args.start, end=args.end, stream=args.stream, limits=not args.no_limits,
+        compare=args.compare, preview=args.preview, overwrite=args.overwrite,
+        restart=args.restart, segment=args.segment,
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 
 def run_suite(name: str, interpret: bool) -> None:
     """Run a file of tests of the kernels in a process of its own, in the interpreter or not."""
-    suite = Path(__file__).with_name(name)
+    suite = Path(__file__).parent / "kernels" / name
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(suite)]
     command += ["-W", "ignore::pytest.PytestConfigWarning"]
     choices = {
@@ -36,7 +36,7 @@ def run_suite(name: str, interpret: bool) -> None:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     result = subprocess.run(
-        command, cwd=suite.parent.parent, env={**os.environ, **choices},
+        command, cwd=suite.parents[2], env={**os.environ, **choices},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -46,6 +46,6 @@ def forward(
     )  # fmt: skip
 
 
-def density(result: Result, q: Tensor, k: Tensor, first_row: int) -> Tensor:
+def density(window_radius: Tensor, q: Tensor, k: Tensor, first_row: int) -> Tensor:
     """Fraction of the (query, key) pairs that `forward` visited: [] float32, on the device."""
-    return window.density(result.window_radius, Sizes.of(q, k, first_row))
+    return window.density(window_radius, Sizes.of(q, k, first_row))

@@ -228,8 +228,7 @@ def attend_tiles(
 def _check_tiles(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> None:
     if sizes.D not in HEAD_DIMS:
         raise ValueError(
-            f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {sizes.D}; "
-            "use backend 'tiled'"
+            f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {sizes.D}; use backend 'tiled'"
         )
     keys = [sizes.B, sizes.T, sizes.k_pixels, sizes.D]
     for name, x, shape in (

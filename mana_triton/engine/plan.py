@@ -95,7 +95,7 @@ def fit(
     Raises:
         ValueError: it does not fit.
     """
-    plan = replace(plan, **asked)
+    plan = replace(plan, **asked, why="as asked" if "tile" in asked else plan.why)
     while (peak := estimate(config, itemsize, height, width, plan)) > room:
         smaller = plan.halved(height, width)
         if smaller is None or any(getattr(smaller, name) != asked[name] for name in asked):

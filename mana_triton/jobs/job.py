@@ -177,9 +177,10 @@ def _enlarged(
     point = writer.parts.point
     # a GPU also makes the planes of a video; a CPU does so in the thread that writes
     on_gpu = upscaler.device.type == "cuda"
-    with contextlib.closing(prefetch(frames_from(reader, point), stalls=stalls)) as decoded:
+    tracked = track_scenes(frames_from(reader, point), upscaler.window_radius, point)
+    with contextlib.closing(prefetch(tracked, stalls=stalls)) as sources:
         for source, picture in upscaler.stream(
-            track_scenes(decoded, upscaler.window_radius, point),
+            sources,
             pixels=lambda source: source.frame.rgb,
             is_cut=lambda source: source.is_cut,
             start=point.start,

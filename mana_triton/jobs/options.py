@@ -1,6 +1,6 @@
 """What a job is asked to do: made once from the flags, then passed down unchanged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mana_triton.engine.upscaler import EngineOptions
@@ -31,8 +31,8 @@ class JobOptions:
     input: Path
     output: Path | None = None
     model: str | None = None
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    encode: EncodeOptions = field(default_factory=EncodeOptions)
+    engine: EngineOptions = EngineOptions()
+    encode: EncodeOptions = EncodeOptions()
     start: float | None = None
     end: float | None = None
     stream: int | None = None

@@ -1,14 +1,6 @@
 """Unfinished work on the disk, and what it takes to continue there.
 
-While an output is made, its finished segments lie in a folder `<output>.parts`:
-
-    job.json        everything that must be the same for the work to continue
-    lock            held by the running process; the system releases it when that process dies
-    000000.packets  a segment of a video; segments of a folder of pictures are frames/*.png
-    000000.json     the ResumePoint after that segment, and the hashes of its files
-    joined.mp4      the output, until it gets its name
-    complete        the output is about to get its name
-
+While an output is made, its finished segments lie in a folder `<output>.parts`, see docs/resume.md.
 A segment counts once its .json exists, which is written after the segment's bytes are on the disk.
 The next run deletes all that no .json names.
 """
@@ -162,22 +154,19 @@ class PartsFolder:
         restart: delete earlier work.
 
     Attributes:
-        path: of the folder.
-        joined: where the output lies until it gets its name.
+        path: of the folder; `joined` is where the output lies until it gets its name.
         segments: names of the files of each finished segment.
         point: where the work continues.
         notes: for the user.
 
     Raises:
-        MediaError: another process works there, the work belongs to another job, or the folder
-            holds other things.
+        MediaError: another process works there, or the work belongs to another job.
     """
 
     def __init__(self, output: Path, job: dict[str, Any], restart: bool = False):
         self.path, self.joined = parts_path(output), _joined(output)
         self.segments: list[list[str]] = []
         self.point, self.notes = START, []
-        is_new = not self.path.exists()
         with explained(self.path, "continue"):
             _check_names(self.path)
             self._lock = _lock(output).lock
@@ -186,8 +175,6 @@ class PartsFolder:
                     self._tidy()
                 self._load({"format": FORMAT} | json.loads(json.dumps(job)))
             except BaseException:
-                if is_new:
-                    self.remove()
                 self._lock.release()
                 raise
 
@@ -246,17 +233,12 @@ class PartsFolder:
         (self.path / "complete").touch()
         sync(self.path)
 
-    def remove(self) -> None:
-        """Delete the folder and release it."""
-        if sys.platform == "win32":  # where open files cannot be deleted
-            self._lock.release()
-        _remove(self.path)
-        self._lock.release()
-
-    def release(self) -> None:
-        """Let another process continue; without a finished segment the folder is deleted."""
-        if self._lock.is_locked and not self.segments:
-            self.remove()
+    def release(self, keep: bool = True) -> None:
+        """Let another process continue; the folder is deleted if nothing is to be kept."""
+        if self._lock.is_locked and not (keep and self.segments):
+            if sys.platform == "win32":  # where open files cannot be deleted
+                self._lock.release()
+            _remove(self.path)
         self._lock.release()
 
 
@@ -283,7 +265,8 @@ def remove_leftovers(output: Path) -> None:
         if not output.exists() and (folder / "frames.old").exists():
             (folder / "frames.old").replace(output)
         is_named = (folder / "complete").exists() and not _joined(output).exists()
-        if output.exists() and (is_named or all(x.name == "lock" for x in visible(folder))):
+        is_empty = all(file.name == "lock" for file in visible(folder))
+        if output.exists() and (is_named or is_empty):
             _remove(folder)
 
 

@@ -36,8 +36,7 @@ class ResumableWriter:
     """Writes a video; its finished segments survive a stop.
 
     Args:
-        path: the output.
-        reader: where the frames come from.
+        path, reader: output and input.
         size: width and height of the pictures to be written.
         job: everything that must be the same for unfinished work to continue, except the input.
         options: encode, overwrite, restart and segment are used.
@@ -129,7 +128,7 @@ class ResumableWriter:
             self._check_input()
             self._publish()
             sync(self.path.parent)
-            self.parts.remove()
+            self.parts.release(keep=False)
 
     def _check_input(self) -> None:
         """MediaError if sound and pictures may come from different files."""
@@ -142,9 +141,13 @@ class ResumableWriter:
     def _publish(self) -> None:
         encode, overwrite = self._options.encode, self._options.overwrite
         writer = VideoWriter(
-            self.path, self._reader, *self._size, encode, overwrite=overwrite,
+            self.path,
+            self._reader,
+            *self._size,
+            encode,
+            overwrite=overwrite,
             part=self.parts.joined,
-        )  # fmt: skip
+        )
         try:
             for packet in self._packets(writer.time_base):
                 writer.put(packet)

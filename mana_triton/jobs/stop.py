@@ -1,7 +1,6 @@
 """How a run is stopped: Ctrl-C, kill and a closed terminal, one policy for all three."""
 
 import signal
-from types import FrameType
 
 SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, x)]
 
@@ -21,7 +20,7 @@ class StopSignals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
-    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+    def _stop(self, *_: object) -> None:
         if self._delaying:
             self._received = True
             return

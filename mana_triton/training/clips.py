@@ -142,12 +142,11 @@ def _read_video(path: Path) -> Iterator[np.ndarray]:
 
 def _read_picture(path: Path) -> np.ndarray:
     from mana_triton.video.frame import MediaError, explained
-    from mana_triton.video.images import picture_bits, read_picture
+    from mana_triton.video.images import read_picture
 
     try:
         with explained(path, "read the picture"):
-            picture_bits(path)  # refuses floating-point samples
-            return _to_8_bits(read_picture(path)[0])
+            return _to_8_bits(read_picture(path).rgb)
     except MediaError as error:
         raise DataError(f"{path} must be a readable picture, got: {error}; remove it") from error
 

@@ -36,7 +36,6 @@ def build(config: MANAConfig) -> MANA:
     """A network whose attention matters, with logits that stay small."""
     torch.manual_seed(0)
     model = MANA(config).eval().requires_grad_(False)
-    model.backend = "tiled"
     torch.nn.init.normal_(model.w_z.weight, std=0.3)
     if config.match == "cosine":
         model.temperature.fill_(2.0)
@@ -52,9 +51,10 @@ def assert_same_frames(name: str, actual: Tensor, model: MANA, frames: Tensor) -
     eager = model(frames)
     exact = MANA(model.config).double()
     exact.load_state_dict(model.state_dict())
-    exact.backend = "reference"
     with torch.no_grad():
-        assert_as_accurate(name, actual, eager, exact(frames.double()), torch.float32)
+        assert_as_accurate(
+            name, actual, eager, exact(frames.double(), backend="reference"), torch.float32
+        )
 
 
 # ---- PyTorch's compiler and exporter
@@ -99,7 +99,7 @@ def test_the_radius_holds_for_any_frames(tau):
     size = (48, 49)
     model = build(replace(VARIANTS["windows"], sigma=1.0))
     model.temperature.fill_(tau)
-    certified = export.certified_radius(model, max(size))
+    certified = export.window_radius(model, max(size))
     assert 2 < certified < export.SIDE
 
     def excess(radius: int) -> Tensor:
@@ -119,10 +119,10 @@ def test_the_radius_holds_for_any_frames(tau):
 
 def test_without_a_bound_every_key_is_visited():
     for name in ("every-pair", "gate"):
-        assert export.certified_radius(build(VARIANTS[name]), 300) == 300
+        assert export.window_radius(build(VARIANTS[name]), 300) == 300
     plain = build(replace(VARIANTS["windows"], sigma=math.inf))
-    assert export.certified_radius(plain, 300) == 300
-    assert export.certified_radius(build(VARIANTS["windows"]), 3) == 3
+    assert export.window_radius(plain, 300) == 300
+    assert export.window_radius(build(VARIANTS["windows"]), 3) == 3
 
 
 # ---- files
@@ -137,7 +137,7 @@ def test_onnx(name, size):
     import onnx  # pyright: ignore[reportMissingImports]
 
     model = build(VARIANTS[name])
-    assert (export.certified_radius(model, max(size)) < min(size) / 2) == (name == "windows")
+    assert (export.window_radius(model, max(size)) < min(size) / 2) == (name == "windows")
     content, worst = export.export(model, size[0], size[1], ".onnx", {"weights": "noise"})
     assert worst < 1e-5
     for batch in (1, 2):

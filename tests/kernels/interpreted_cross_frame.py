@@ -6,6 +6,7 @@ the kernels are defined. It computes bfloat16 products wrongly, so those are for
 
 import math
 import random
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
@@ -31,8 +32,12 @@ from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
-from mana_triton.kernels import config as tuning
-from mana_triton.kernels import cross_frame, reference
+from mana_triton.kernels import config, cross_frame, reference
+from mana_triton.kernels.cross_frame import gaussian as gaussian_tables
+from mana_triton.kernels.cross_frame.backward import _dkv_kernel, scaled
+from mana_triton.kernels.cross_frame.forward import _forward_kernel, attend_tiles
+from mana_triton.kernels.cross_frame.window import select_key_tiles
+from mana_triton.kernels.layout import Sizes, to_tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -80,8 +85,8 @@ def blocks(request):
 
 
 def pin(stack: ExitStack, kernel: str, block_m: int, block_n: int, specialize=False) -> None:
-    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-    stack.enter_context(tuning.pinned(kernel, {**config, "WARP_SPECIALIZE": specialize}))
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+    stack.enter_context(config.pinned(kernel, {**options, "WARP_SPECIALIZE": specialize}))
 
 
 def on_device(case: Case) -> Case:
@@ -203,7 +208,9 @@ def test_any_plan(sizes, dtype, monkeypatch):
     case = on_device(draw((1, 1, 18, 40, 16), dtype, sigma=3.0, seed=7))
     generator = torch.Generator().manual_seed(0)
     halo = (torch.randint(0, 3, (1, 1, 9), generator=generator) * 8).int().to(DEVICE)
-    monkeypatch.setattr(cross_frame, "plan", lambda *args: halo)
+    monkeypatch.setattr(
+        sys.modules[attend_tiles.__module__], "select_key_tiles", lambda *args: halo
+    )
     exact, fraction = masked_reference(case, halo)
     eager = run(case, "reference")
     queries, moving, still = sizes
@@ -212,7 +219,7 @@ def test_any_plan(sizes, dtype, monkeypatch):
         pin(stack, "cross_frame_dq", still, moving)
         pin(stack, "cross_frame_dkv", moving, still)
         actual = run(case, "triton")
-        visited = cross_frame_attention(*case[:4], backend="triton", return_visited=True)[1]
+        visited = cross_frame_attention(*case[:4], backend="triton", return_density=True)[1]
     assert visited == pytest.approx(fraction.item(), abs=1e-6) and visited < 0.8
     terms = absolute_terms(case, "bias", "dot")
     dense = run(case, "reference", wide=True)
@@ -230,13 +237,13 @@ def test_fixed_radius(radius, block):
         result = cross_frame.forward(
             *case[:5], gaussian="bias", offsets=True, tolerance=0, first_row=0, radius=radius
         )
-    exact, fraction = masked_reference(case, result.halo)
-    assert (result.halo == radius).all()
+    exact, fraction = masked_reference(case, result.window_radius)
+    assert (result.window_radius == radius).all()
     eager = run(case, "reference", gradients=False)
     dense = run(case, "reference", wide=True, gradients=False)
     for name, x, y, z, whole in zip(NAMES, result[:3], eager, exact[:3], dense, strict=False):
         assert_as_accurate(name, x, y.double() - whole + z, z, F32)
-    visited = cross_frame.visited_fraction(result, case.q, case.k, 0)
+    visited = cross_frame.density(result.window_radius, case.q, case.k, 0)
     assert visited.item() == pytest.approx(fraction.item(), abs=1e-6) and visited < 1
 
 
@@ -263,7 +270,7 @@ def test_certificate(name, eta, gaussian):
             *case[:5], gaussian=gaussian, offsets=True, tolerance=eta, first_row=0
         )
     actual = result[:3]
-    visited = cross_frame.visited_fraction(result, case.q, case.k, 0).item()
+    visited = cross_frame.density(result.window_radius, case.q, case.k, 0).item()
     assert visited == 1 if name == "random-x100" else visited < 1
     size = max(case.q.shape[1:3])
     promised = [eta * (case.v.abs().max() + actual[0].abs()), eta * (size + actual[1].abs()), eta]
@@ -342,12 +349,12 @@ def test_the_plan_is_the_stated_certificate(part):
     beyond = _beyond(getattr(masses[0], part))
     limit = float(beyond[(beyond < 0.2)][0])
     case = on_device(case)
-    c, frames = cross_frame._steepness(case.sigma), cross_frame._Frames.of(case.q, case.k, 0)
-    q = cross_frame.to_tiles(cross_frame._scaled(case.q, case.scale))
+    c, frames = gaussian_tables.inv_2sigma2_base_2(case.sigma), Sizes.of(case.q, case.k, 0)
+    q = to_tiles(scaled(case.q, case.scale))
     halos = []
     for half in (0.99 * limit, 1.01 * limit):
         eta = 2 * half / (1 - 2 * half)
-        halo = cross_frame.plan(q, cross_frame.to_tiles(case.k), c, frames, eta, None).flatten()
+        halo = select_key_tiles(q, to_tiles(case.k), c, frames, eta, None).flatten()
         assert halo.tolist() == [mass.halo(eta) for mass in masses]
         halos.append(halo[0].item())
     assert halos[0] > halos[1]
@@ -359,18 +366,16 @@ def test_the_plan_is_as_tight_as_the_other_backend(dtype):
     case = on_device(draw((1, 1, 56, 72, 16), dtype, sigma=1.5, seed=9))
     normalize = torch.nn.functional.normalize
     q, k = normalize(case.q, dim=-1), normalize(case.k, dim=-1)
-    c = cross_frame._steepness(case.sigma)
-    frames = cross_frame._Frames.of(q, k, 0)
+    c = gaussian_tables.inv_2sigma2_base_2(case.sigma)
+    frames = Sizes.of(q, k, 0)
     scale = torch.tensor(4.0, device=DEVICE)
-    halo = cross_frame.plan(
-        cross_frame.to_tiles(cross_frame._scaled(q, scale)), cross_frame.to_tiles(k), c, frames,
+    halo = select_key_tiles(
+        to_tiles(scaled(q, scale)), to_tiles(k), c, frames,
         1e-3, None,
     )  # fmt: skip
-    empty = torch.empty(0)
-    result = cross_frame.Result(empty, empty, empty, halo)
-    visited = cross_frame.visited_fraction(result, q, k, 0).item()
+    visited = cross_frame.density(halo, q, k, 0).item()
     _, tiled = cross_frame_attention(
-        q, k, case.v, case.sigma, scale=4.0, tolerance=1e-3, backend="tiled", return_visited=True
+        q, k, case.v, case.sigma, scale=4.0, tolerance=1e-3, backend="tiled", return_density=True
     )
     assert 0.05 < visited < 3 * tiled < 1
 
@@ -394,7 +399,7 @@ def test_operator(offsets, gaussian):
     """Fake implementation, autograd and schema agree with what the kernels do."""
     case = on_device(draw((1, 2, 5, 6, 16), seed=11))
     inputs = [x.clone().requires_grad_() for x in case[:5]]
-    arguments = (*inputs, gaussian, offsets, 1e-6, 0, "triton", True)
+    arguments = (*inputs, gaussian, offsets, 1e-6, 0, "triton")
     opcheck(torch.ops.mana.cross_frame_attention.default, arguments)
 
 
@@ -423,9 +428,7 @@ def test_compile_and_export(gaussian):
     assert all(
         torch.equal(x, y) for x, y in zip(results[0], program.module()(*case[:5]), strict=False)
     )
-    saved = torch.ops.mana.cross_frame_attention(
-        *case[:5], gaussian, True, 1e-6, 0, "triton", False
-    )
+    saved = torch.ops.mana.cross_frame_attention(*case[:5], gaussian, True, 1e-6, 0, "triton")
     opcheck(
         torch.ops.mana.cross_frame_attention_backward.default,
         (*case[5:], *case[:5], *saved[:3], saved[4], gaussian, True, 1e-6, 0, "triton"),
@@ -466,25 +469,25 @@ def test_far_addresses():
     reach = halo.new_zeros(2, 1, rows // 4)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128}
     c = torch.zeros((), device=DEVICE)
-    tables = cross_frame._Tables.build(cross_frame._Frames(2, 1, D, 8, 8, 16, 0), c, q, blocks)
-    constants: dict[str, Any] = {"D": D, "OFFSETS": False, "EXACT": False, "num_warps": 8}
+    tables = gaussian_tables.Tables.build(Sizes(2, 1, D, 8, 8, 16, 0), c, q, blocks)
+    constants: dict[str, Any] = {"D": D, "DISPLACEMENT": False, "EXACT": False, "num_warps": 8}
     sizes = (rows, rows, 16, 0, 2, 128, rows * 16)
     o, dk, dv = (torch.empty(2, 1, rows, 16, D, dtype=F16, device=DEVICE) for _ in range(3))
     lse = torch.empty(2, 1, rows, 16, device=DEVICE)
-    forward: Any = cross_frame._forward_kernel
+    forward: Any = _forward_kernel
     forward[(1, 1, 2)](
         q, huge, huge, tables.query, tables.key, c, halo, o, lse, lse,
         2, 1, *sizes, *tables[2:], WARP_SPECIALIZE=False, **constants, **blocks,
     )  # fmt: skip
-    near = cross_frame.to_tiles(lse[:, :, :8, :, None] / math.log(2))
-    delta = (q.float() * cross_frame.to_tiles(o[:, 0, :8])).sum(-1)
-    backward: Any = cross_frame._dkv_kernel
+    near = to_tiles(lse[:, :, :8, :, None] / math.log(2))
+    delta = (q.float() * to_tiles(o[:, 0, :8])).sum(-1)
+    backward: Any = _dkv_kernel
     backward[(1, 1, 2)](
         q, huge, huge, q, q, near, delta,
         tables.query, tables.key, c, halo, reach, dk, dv,
         1, 8, *sizes[1:], *tables[2:5], PLAIN=False, **constants, **blocks,
     )  # fmt: skip
-    first = [cross_frame.to_tiles(x[:, 0, :8]) for x in (o, dk, dv)]
+    first = [to_tiles(x[:, 0, :8]) for x in (o, dk, dv)]
 
     def dense(dtype: torch.dtype) -> list[torch.Tensor]:
         k, v = (values.to(dtype).requires_grad_() for _ in range(2))
@@ -507,8 +510,7 @@ def test_the_network(blocks):
     frames = torch.rand(1, 3, 3, 9, 12, device=DEVICE)
     results = []
     for backend in ("tiled", "triton", "reference"):
-        model.backend = backend
-        enlarged = model(frames)
+        enlarged = model(frames, backend=backend)
         parameters = [x for name, x in model.named_parameters()]
         results.append([enlarged, *torch.autograd.grad(enlarged.square().mean(), parameters)])
     for tiled, ours, eager in zip(*results, strict=True):

@@ -5,19 +5,15 @@ kernels are defined. It computes bfloat16 products wrongly, so those are for the
 """
 
 import math
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from attention_cases import DEVICE, DTYPES, INTERPRETED
 from oracle import assert_as_accurate
 
 import mana_triton
-from mana_triton.attention import memory_loss
-from mana_triton.kernels import config as tuning
+from mana_triton.kernels import config, reference
 from mana_triton.kernels import memory as kernels
-from mana_triton.kernels import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -57,10 +53,6 @@ def differentiate(function, inputs, upstream, wide=False):
     return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
 
 
-def reference_loss(q, memory, scale):
-    return F.l1_loss(reference.memory_attention(q, memory, scale).to(q.dtype), q)
-
-
 def check(function, definition, inputs, upstream):
     """Compare with the definition in float64 and in the same type."""
     q, memory, scale = (x.double() for x in inputs)
@@ -89,13 +81,6 @@ def test_attention_and_its_gradients(shape, dtype):
     check(kernels.memory_attention, reference.memory_attention, inputs, do)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_loss_and_its_gradients(shape, dtype):
-    inputs, _ = draw(shape, dtype, seed=1)
-    check(kernels.memory_loss, reference_loss, inputs, torch.tensor(3.0, device=DEVICE))
-
-
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 30.0])
 def test_any_scale(scale):
     """The largest logit belongs to the smallest product where the scale is negative."""
@@ -112,21 +97,19 @@ def test_logits_a_hundred_times_larger():
     ("BLOCK_M", "BLOCK_N"), [(16, 16), (16, 128), (128, 16), (32, 64)], ids=lambda x: str(x)
 )
 def test_any_block_size(BLOCK_M, BLOCK_N):
-    config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **LAUNCH}
+    options = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **LAUNCH}
     inputs, do = draw((1, 5, 7, 16, 70), F32, seed=BLOCK_M + BLOCK_N)
-    with tuning.pinned("memory_forward", config), tuning.pinned("memory_backward", config):
+    with config.pinned("memory_forward", options), config.pinned("memory_backward", options):
         check(kernels.memory_attention, reference.memory_attention, inputs, do)
-        upstream = torch.tensor(1.0, device=DEVICE)
-        check(kernels.memory_loss, reference_loss, inputs, upstream)
 
 
 def test_chunks_of_pixels_add_up(monkeypatch):
     """Few shares of dm, many, and a last one that is short."""
     inputs, do = draw((1, 9, 9, 16, 20), F32)
-    config = {"BLOCK_M": 16, "BLOCK_N": 16, **LAUNCH}
+    options = {"BLOCK_M": 16, "BLOCK_N": 16, **LAUNCH}
     for programs in (1, 4, 1000):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
-        with tuning.pinned("memory_backward", config):
+        with config.pinned("memory_backward", options):
             check(kernels.memory_attention, reference.memory_attention, inputs, do)
 
 
@@ -138,51 +121,24 @@ def test_equal_inputs_give_equal_bits():
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_public_operations_take_the_kernels(monkeypatch):
-    inputs, _ = draw((1, 5, 7, 16, 8), F32)
-    calls = []
-    for name in ("memory_attention", "memory_loss"):
-        whole = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *x, f=whole: calls.append(f) or f(*x))
-    q, memory, scale = inputs
-    y = mana_triton.memory_attention(q, memory, scale=scale, backend="triton")
-    loss = memory_loss(q, memory, scale=scale, backend="triton")
-    assert [f.__name__ for f in calls] == ["memory_attention", "memory_loss"]
-    assert torch.equal(y, kernels._attention(*inputs)[0])
-    assert torch.equal(loss, kernels._loss(*inputs)[0])
-    for backend in ("tiled", "reference"):
-        other = memory_loss(q, memory, scale=scale, backend=backend)
-        assert_as_accurate("loss", loss, other, reference_loss(*map(torch.Tensor.double, inputs)),
-                           F32)  # fmt: skip
-
-
 def test_operators_are_registered_as_pytorch_expects():
     inputs, do = draw((1, 5, 7, 16, 8), F32)
     inputs = [x.contiguous().requires_grad_() for x in inputs]
     y, lse = (x.detach() for x in kernels._attention(*inputs))
-    loss, *saved = (x.detach() for x in kernels._loss(*inputs))
+    torch.library.opcheck(kernels._attention, tuple(inputs))
     detached = [x.detach() for x in inputs]
-    for operator, arguments in (
-        (kernels._attention, inputs),
-        (kernels._loss, inputs),
-        (kernels._attention_backward, [do, *detached, y, lse]),
-        (kernels._loss_backward, [loss, *detached, *saved]),
-    ):
-        torch.library.opcheck(operator, tuple(arguments))
+    torch.library.opcheck(kernels._attention_backward, (do, *detached, y, lse))
 
 
-@pytest.mark.parametrize("name", ["memory_attention", "memory_loss"])
-def test_compiles_without_a_graph_break(name):
-    function = partial(getattr(mana_triton.attention, name), backend="triton")
+def test_compiles_without_a_graph_break():
     inputs, do = draw((1, 5, 7, 16, 8), F32)
-    upstream = do if name == "memory_attention" else torch.tensor(1.0, device=DEVICE)
 
     def run(q, memory, scale):
-        return function(q, memory, scale=scale)
+        return mana_triton.memory_attention(q, memory, scale=scale, backend="triton")
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    eager = differentiate(run, inputs, upstream)
-    for x, y in zip(differentiate(compiled, inputs, upstream), eager, strict=True):
+    eager = differentiate(run, inputs, do)
+    for x, y in zip(differentiate(compiled, inputs, do), eager, strict=True):
         assert torch.equal(x, y)
 
 
@@ -197,9 +153,8 @@ REFUSED = {
 @pytest.mark.parametrize(("shape", "dtype", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(shape, dtype, message):
     inputs, _ = draw(shape, dtype)
-    for function in (kernels.memory_attention, kernels.memory_loss):
-        with pytest.raises(ValueError, match=message):
-            function(*inputs)
+    with pytest.raises(ValueError, match=message):
+        kernels.memory_attention(*inputs)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs 9 GB of GPU memory")

@@ -23,8 +23,7 @@ from triton.runtime import interpreter
 
 from mana_triton import MANA, MANAConfig
 from mana_triton.engine.upscaler import Upscaler
-from mana_triton.kernels import config as tuning
-from mana_triton.kernels import cross_frame, projection, reference
+from mana_triton.kernels import config, cross_frame, projection, reference
 from mana_triton.kernels.layout import TILE, tiles_in, to_tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -56,8 +55,8 @@ def blocks():
     """The attention's blocks are large where the interpreter runs them one after the other."""
     with ExitStack() as stack:
         for kernel in ("cross_frame_forward", "cross_frame_lse") if INTERPRETED else ():
-            config = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
-            stack.enter_context(tuning.pinned(kernel, {**config, "WARP_SPECIALIZE": False}))
+            options = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+            stack.enter_context(config.pinned(kernel, {**options, "WARP_SPECIALIZE": False}))
         yield
 
 

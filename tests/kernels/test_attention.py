@@ -154,7 +154,7 @@ def test_permuting_frames_permutes_outputs(order, gaussian):
         "gaussian": gaussian,
         "offsets": True,
         "return_lse": True,
-        "return_visited": True,
+        "return_density": True,
     }
     *once, visited = cross_frame_attention(*case[:4], **options)
     q, k, v, sigma = case[:4]
@@ -218,7 +218,7 @@ def test_certificate_is_put_to_the_test():
         exact = cross_frame_attention(q, k, v, case.sigma, scale=case.scale, backend="reference")
         for eta in (0.5, 1e-3, 1e-6):
             o, visited = cross_frame_attention(
-                q, k, v, case.sigma, scale=case.scale, tolerance=eta, return_visited=True
+                q, k, v, case.sigma, scale=case.scale, tolerance=eta, return_density=True
             )
             bound = eta * (v.abs().max() + o.abs())
             share[name, eta] = ((o - exact).abs() / bound).max().item()
@@ -254,7 +254,7 @@ def test_gradient_under_a_certificate():
     for backend in ("reference", "tiled"):
         q = case.q.double().requires_grad_()
         o, visited = cross_frame_attention(
-            q, k, v, 1.0, tolerance=1e-3, backend=backend, return_visited=True
+            q, k, v, 1.0, tolerance=1e-3, backend=backend, return_density=True
         )
         results.append(torch.autograd.grad(o, q, case.do.double())[0])
     assert visited < 0.7
@@ -280,13 +280,13 @@ def test_gradients_where_some_queries_need_a_second_pass(shape, bands, gaussian,
     """In float64 every gradient is the definition's, up to what a tolerance of 1e-13 leaves."""
     case = mixed_matches(shape)
     passes = []
-    strips = tiled._second_strips
+    strips = tiled.second_strips
 
     def second(*args):
         passes.append(list(strips(*args)))
         return iter(passes[-1])
 
-    monkeypatch.setattr(tiled, "_second_strips", second)
+    monkeypatch.setattr(tiled, "second_strips", second)
     exact = run(case, "reference", wide=True, gaussian=gaussian)
     actual = run(case, "tiled", wide=True, gaussian=gaussian, tolerance=1e-13, bands=bands)
     queries = [
@@ -322,7 +322,7 @@ def test_visited_fraction():
 
     def visited(tolerance, q=q, **options):
         return cross_frame_attention(
-            q, k, case.v, 2.0, scale=1.0, tolerance=tolerance, return_visited=True, **options
+            q, k, case.v, 2.0, scale=1.0, tolerance=tolerance, return_density=True, **options
         )[1]
 
     fractions = [visited(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
@@ -332,7 +332,7 @@ def test_visited_fraction():
     half_q, half_k, half_v = (x.bfloat16() for x in (q, k, case.v))
     default, explicit = (
         cross_frame_attention(
-            half_q, half_k, half_v, 2.0, scale=1.0, tolerance=eta, return_visited=True
+            half_q, half_k, half_v, 2.0, scale=1.0, tolerance=eta, return_density=True
         )[1]
         for eta in (None, 1e-3)
     )
@@ -471,7 +471,7 @@ def test_what_is_returned_and_the_defaults():
     everything = cross_frame_attention(
         q, k, v, torch.tensor([4.0], dtype=torch.float64), gaussian="bias",
         scale=torch.tensor(0.25), tolerance=1e-6, offsets=True, backend="tiled", first_row=0,
-        return_lse=True, return_visited=True,
+        return_lse=True, return_density=True,
     )  # fmt: skip
     assert [tuple(x.shape) for x in everything[:3]] == [
         (1, 2, 5, 6, 16),

@@ -21,9 +21,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
-from mana_triton.kernels import config as tuning  # noqa: E402
-from mana_triton.kernels import cross_frame, projection  # noqa: E402
-from mana_triton.kernels.inspect import Compiled, compile_job, jobs  # noqa: E402
+from mana_triton.kernels import config, projection  # noqa: E402
+from mana_triton.kernels.inspect import (  # noqa: E402
+    Compiled,
+    Job,
+    compile_job,
+    jobs,
+    prepass_jobs,
+    projection_jobs,
+)
 from mana_triton.kernels.tune import Request, compile_all, compile_pool  # noqa: E402
 
 BUDGET = Path(__file__).with_name("compile_budget.json")
@@ -38,16 +44,16 @@ OTHERS = [(d, F16) for d in (16, 32, 64, 128)]
 def requests(archs: Iterable[str], types: list[tuple[int, torch.dtype]]) -> list[Request]:
     """Every kernel's default configuration for some architectures and (D, dtype)."""
     return [
-        Request(kernel, arch, d, dtype, tuning.default_config(kernel, arch, d, dtype))
+        Request(kernel, arch, d, dtype, config.default_config(kernel, arch, d, dtype))
         for arch in archs
         for d, dtype in types
-        for kernel in tuning.KERNELS
+        for kernel in config.KERNELS
     ]
 
 
 def key(request: Request, name: str) -> str:
     """A kernel's line in the budget; `name` tells its variants apart."""
-    return f"{name} {request.arch} D={request.d} {tuning.dtype_name(request.dtype)}"
+    return f"{name} {request.arch} D={request.d} {config.dtype_name(request.dtype)}"
 
 
 def violations(request: Request, name: str, result: Compiled | str, budget: dict) -> list[str]:
@@ -124,7 +130,7 @@ def test_default_configurations_compile_for_amd(arch, pool):
         for name, result in compiled.items():
             assert isinstance(result, Compiled), f"{key(request, name)}: {result}"
             assert result.matrix == "mfma", key(request, name)
-            assert result.shared <= tuning.SHARED_MEMORY[arch], key(request, name)
+            assert result.shared <= config.SHARED_MEMORY[arch], key(request, name)
 
 
 @pytest.mark.skipif(
@@ -132,9 +138,9 @@ def test_default_configurations_compile_for_amd(arch, pool):
 )
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
 def test_what_runs_before_compiles(arch):
-    config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    for name, job in cross_frame.prepass_jobs(128, BF16).items():
-        result = compile_job(job, config, arch)
+    options = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    for name, job in prepass_jobs(128, BF16).items():
+        result = compile_job(job, options, arch)
         assert isinstance(result, Compiled), f"{name}: {result}"
         assert result.spills == 0 or arch in AMD, name
 
@@ -142,10 +148,10 @@ def test_what_runs_before_compiles(arch):
 def check_projections(arch: str, types: list[tuple[int, torch.dtype]]) -> None:
     """They fit into the registers and the shared memory, and take the best matrix units."""
     for d, dtype in types:
-        config = projection.launch_config(d, dtype, amd=arch in AMD)
-        for name, job in projection.compile_jobs(2 * d, d, dtype, config).items():
-            result = compile_job(job, {**config, "BLOCK_N": d}, arch)
-            where = f"{name} {arch} D={d} {tuning.dtype_name(dtype)}"
+        options = projection.launch_config(d, dtype, amd=arch in AMD)
+        for name, job in projection_jobs(2 * d, d, dtype, options).items():
+            result = compile_job(job, {**options, "BLOCK_N": d}, arch)
+            where = f"{name} {arch} D={d} {config.dtype_name(dtype)}"
             assert isinstance(result, Compiled), f"{where}: {result}"
             assert not result.flaws(arch), f"{where}: {result.flaws(arch)}"
             if name == "projection":
@@ -172,10 +178,9 @@ def test_float16_projections_compile(arch):
 
 def test_warp_specialization_is_the_default_where_there_is_any():
     for d, dtype in product((16, 32, 64, 128), (BF16, F16)):
-        assert tuning.default_config("cross_frame_forward", "sm_90", d, dtype)["WARP_SPECIALIZE"]
+        assert config.default_config("cross_frame_forward", "sm_90", d, dtype)["WARP_SPECIALIZE"]
     for arch in ("sm_80", "sm_89"):
-        config = tuning.default_config("cross_frame_forward", arch, 64, BF16)
-        assert not config["WARP_SPECIALIZE"]
+        assert not config.default_config("cross_frame_forward", arch, 64, BF16)["WARP_SPECIALIZE"]
 
 
 # --- the guard sees a regression
@@ -188,7 +193,7 @@ def regressed(kernel: str, arch: str, constexprs: dict | None = None, **changes)
     function, signature, constants, divisible = jobs(
         kernel, request.d, request.dtype, request.config, arch
     )[kernel]
-    job = function, signature, {**constants, **(constexprs or {})}, divisible
+    job = Job(function, signature, {**constants, **(constexprs or {})}, divisible)
     return violations(request, kernel, compile_job(job, request.config, arch), budget())
 
 

@@ -17,7 +17,7 @@ from torch.library import opcheck
 
 from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
-from mana_triton.engine.upscaler import Upscaler
+from mana_triton.engine.upscaler import upscale
 
 SUITE = "interpreted_cross_frame.py"
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
@@ -50,7 +50,7 @@ def test_operator(offsets, gaussian, backend):
     """Fake implementation, autograd and schema agree with what is computed."""
     case = draw((1, 2, 5, 6, 16))
     inputs = [x.clone().requires_grad_() for x in case[:5]]
-    arguments = (*inputs, gaussian, offsets, 1e-6, 0, backend, True)
+    arguments = (*inputs, gaussian, offsets, 1e-6, 0, backend)
     opcheck(torch.ops.mana.cross_frame_attention.default, arguments)
 
 
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, q, k, v, sigma, scale):
         return cross_frame_attention(
             q, k, v, sigma, scale=scale, tolerance=1e-3, offsets=True, return_lse=True,
-            return_visited=True, backend=self.backend, gaussian=self.gaussian,
+            return_density=True, backend=self.backend, gaussian=self.gaussian,
         )  # fmt: skip
 
 
@@ -108,7 +108,6 @@ def test_the_network_compiles_and_exports(match):
     )  # fmt: skip
     torch.manual_seed(0)
     model, frames = MANA(config), torch.rand(1, 3, 3, 10, 12)
-    model.backend = "tiled"
     nn.init.normal_(model.w_z.weight)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # a softmax does not see one logit more for all keys: that gradient is rounding alone
@@ -180,13 +179,12 @@ def test_twenty_steps_of_training_agree():
     for backend in ("tiled", "triton"):
         torch.manual_seed(0)
         model = MANA(config).cuda()
-        model.backend = backend
         adam = torch.optim.Adam(model.parameters(), 1e-4)
         curve = []
         for _ in range(20):
             frames = torch.rand(2, 7, 3, 24, 32, device="cuda")
             target = torch.rand(2, 3, 96, 128, device="cuda")
-            loss = nn.functional.l1_loss(model(frames), target)
+            loss = nn.functional.l1_loss(model(frames, backend=backend), target)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -210,8 +208,8 @@ def test_enlarged_frames_agree(monkeypatch):
     model = MANA(config)
     nn.init.normal_(model.w_z.weight, std=0.1)
     frames = torch.randint(0, 256, (5, 24, 40, 3), dtype=torch.uint8).numpy()
-    gpu = Upscaler(model, device="cuda", precision="fp32", backend="triton").stream(frames)
-    cpu = Upscaler(model, device="cpu", precision="fp32", backend="tiled").stream(frames)
+    gpu = upscale(frames, model, device="cuda", precision="fp32", backend="triton")
+    cpu = upscale(frames, model, device="cpu", precision="fp32", backend="tiled")
     for x, y in zip(gpu, cpu, strict=True):
         # a step where rounding falls to the other side
         assert np.abs(np.asarray(x, int) - y).max() <= 1

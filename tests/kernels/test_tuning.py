@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mana_triton.kernels import config as tuning
+from mana_triton.kernels import config
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
@@ -38,10 +38,10 @@ def gpu(monkeypatch, tmp_path):
     """A Hopper GPU that was never tuned."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(tuning, "TUNED", tmp_path / "tuned.json")
-    tuning.forget()
-    yield tuning.TUNED
-    tuning.forget()
+    monkeypatch.setattr(config, "TUNED", tmp_path / "tuned.json")
+    config.forget()
+    yield config.TUNED
+    config.forget()
 
 
 def entry(**changes) -> dict:
@@ -51,11 +51,11 @@ def entry(**changes) -> dict:
 
 def write(path: Path, *entries: dict) -> None:
     path.write_text(json.dumps(entries))
-    tuning.forget()
+    config.forget()
 
 
 def look_up(height=64, width=112, kernel="memory_forward", d=64, dtype=BF16) -> dict:
-    return tuning.launch_config(kernel, d, dtype, height, width, DEVICE)
+    return config.launch_config(kernel, d, dtype, height, width, DEVICE)
 
 
 # --- lookup
@@ -79,12 +79,12 @@ def test_another_gpu_kernel_width_or_type_does_not_count(change, gpu):
     message = f"no tuned configuration of memory_forward for {GPU}"
     with pytest.warns(UserWarning, match=message):
         found = look_up()
-    assert found == tuning.default_config("memory_forward", "sm_90", 64, BF16)
+    assert found == config.default_config("memory_forward", "sm_90", 64, BF16)
 
 
 def test_one_warning_names_the_command(gpu):
     with pytest.warns(UserWarning, match=re.escape("python -m mana_triton.kernels.tune")) as record:
-        for kernel, d in product(tuning.KERNELS, (16, 64)):
+        for kernel, d in product(config.KERNELS, (16, 64)):
             look_up(kernel=kernel, d=d)
     assert len(record) == 1
     write(gpu, entry())
@@ -94,8 +94,8 @@ def test_one_warning_names_the_command(gpu):
 
 
 def test_the_interpreter_takes_a_default_without_a_warning(gpu):
-    found = tuning.launch_config("memory_forward", 64, BF16, 8, 8, torch.device("cpu"))
-    assert found == tuning.default_config("memory_forward", "cpu", 64, BF16)
+    found = config.launch_config("memory_forward", 64, BF16, 8, 8, torch.device("cpu"))
+    assert found == config.default_config("memory_forward", "cpu", 64, BF16)
 
 
 def test_a_result_can_be_changed_without_changing_the_next(gpu):
@@ -107,9 +107,9 @@ def test_a_result_can_be_changed_without_changing_the_next(gpu):
 def test_a_pinned_configuration_goes_first_and_ends_with_its_context(gpu):
     write(gpu, entry())
     other, inner = {**CONFIG, "BLOCK_M": 16}, {**CONFIG, "BLOCK_M": 32}
-    with tuning.pinned("memory_forward", other):
+    with config.pinned("memory_forward", other):
         assert look_up() == other
-        with tuning.pinned("memory_forward", inner):
+        with config.pinned("memory_forward", inner):
             assert look_up() == inner
         assert look_up() == other
     assert look_up() == CONFIG
@@ -122,20 +122,20 @@ def test_a_pinned_configuration_goes_first_and_ends_with_its_context(gpu):
 )  # fmt: skip
 def test_architecture(capability, arch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert tuning.architecture(DEVICE) == arch
+    assert config.architecture(DEVICE) == arch
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(ValueError, match=r"8\.0 or newer, got 7\.5; use backend 'tiled'"):
-        tuning.architecture(DEVICE)
+        config.architecture(DEVICE)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"kernel must be one of cross_frame_forward, .*'attn'"):
-        tuning.default_config("attn", "sm_90", 64, BF16)
+        config.default_config("attn", "sm_90", 64, BF16)
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .* or cpu, got 'sm_75'"):
-        tuning.default_config("memory_forward", "sm_75", 64, BF16)
+        config.default_config("memory_forward", "sm_75", 64, BF16)
 
 
 # --- an autotuning run
@@ -170,18 +170,18 @@ class Machine:
             else:
                 yield {request.kernel: compiled(**changes)}
 
-    def config(self, case):
-        return tuning.launch_config(
+    def options(self, case):
+        return config.launch_config(
             case.kernel, case.d, case.dtype, case.height, case.width, DEVICE
         )
 
     def wrong(self, case, device):
-        return "wrong by 1" if self.config(case)["BLOCK_N"] == self.wrong_block else ""
+        return "wrong by 1" if self.options(case)["BLOCK_N"] == self.wrong_block else ""
 
     def measure(self, case, device):
-        config = self.config(case)
-        self.measured.append((case, config))
-        ms = 1 / config["BLOCK_N"] + 1 / config["BLOCK_M"] / 1000
+        options = self.options(case)
+        self.measured.append((case, options))
+        ms = 1 / options["BLOCK_N"] + 1 / options["BLOCK_M"] / 1000
         return ms, 0.9 * ms, 1.1 * ms
 
     def tune(self, deadline=math.inf):
@@ -234,7 +234,7 @@ def test_a_run_that_was_stopped_goes_on(gpu):
     per_case = len(whole.measured) // 2
     assert per_case > 3
     gpu.unlink()
-    tuning.forget()
+    config.forget()
     with pytest.raises(KeyboardInterrupt):
         Stopped().tune()
     assert not gpu.exists()  # the first case was not done
@@ -283,9 +283,9 @@ def test_other_gpus_keep_their_entries(gpu):
 
 
 def test_candidates_begin_with_the_default_and_are_distinct():
-    for kernel, arch in product(tuning.KERNELS, tuning.ARCHITECTURES):
+    for kernel, arch in product(config.KERNELS, config.ARCHITECTURES):
         found = tune.candidates(kernel, arch, 64, BF16)
-        assert found[0] == tuning.default_config(kernel, arch, 64, BF16)
+        assert found[0] == config.default_config(kernel, arch, 64, BF16)
         assert len({str(x) for x in found}) == len(found) > 5
         specialized = any(x["WARP_SPECIALIZE"] for x in found)
         assert specialized == (kernel == "cross_frame_forward" and arch == "sm_90")
@@ -295,15 +295,15 @@ STEPS = """
 import math, sys
 import torch, triton
 from mana_triton.kernels import reference, tune
-from mana_triton.kernels import config as tuning
+from mana_triton.kernels import config
 
 tune.CHECK, tune.FRAMES, tune.ENTRIES = (5, 17), 1, 70
 runs = []
 triton.testing.do_bench = lambda run, **_: [runs.append(run()) or 3.0, 1.0, 2.0]
-for kernel in tuning.KERNELS:
+for kernel in config.KERNELS:
     case = tune.Case(kernel, 16, torch.float16, 8, 16)
-    config = {**tuning.default_config(kernel, "cpu", 16, torch.float16), "BLOCK_M": 32}
-    with tuning.pinned(kernel, config):
+    options = {**config.default_config(kernel, "cpu", 16, torch.float16), "BLOCK_M": 32}
+    with config.pinned(kernel, options):
         assert not tune.wrong(case, "cpu"), tune.wrong(case, "cpu")
         assert tune.measure(case, "cpu") == (2.0, 1.4, 2.6)
     result = runs.pop()
@@ -366,7 +366,7 @@ def test_shapes():
 
 
 def test_compile_only_prints_what_became_of_each(monkeypatch, capsys):
-    few = [tuning.default_config("memory_forward", "sm_80", 16, BF16)]
+    few = [config.default_config("memory_forward", "sm_80", 16, BF16)]
     few.append({**few[0], "BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8})
     monkeypatch.setattr(tune, "candidates", lambda *_: few)
     arguments = ["--compile-only", "sm_80", "--kernels", "memory_forward", "--d", "16"]

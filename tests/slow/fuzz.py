@@ -21,7 +21,9 @@ import torch
 
 from mana_triton.checkpoint import CheckpointError, load
 from mana_triton.video.encoder import EncodeOptions
-from mana_triton.video.writer import MediaError, open_reader, open_writer
+from mana_triton.video.frame import MediaError
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 ROOM = 1 << 30  # bytes a case may take
 FRAMES = 30

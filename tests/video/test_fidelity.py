@@ -26,14 +26,9 @@ from test_video import (
 )
 
 from mana_triton.video import images
-from mana_triton.video.color import from_rgb
-from mana_triton.video.writer import (
-    MAX_STREAMS,
-    MediaError,
-    VideoReader,
-    open_reader,
-    open_writer,
-)
+from mana_triton.video.frame import MediaError
+from mana_triton.video.reader import MAX_STREAMS, VideoReader, open_reader
+from mana_triton.video.writer import open_writer
 
 QUICK: dict[str, dict[str, Any]] = {
     ".webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
@@ -315,7 +310,7 @@ def test_lossless_loses_nothing(codec, bits, tmp_path):
     with av.open(str(source), "w") as container:
         stream: Any = container.add_stream("ffv1", 25, width=48, height=32, pix_fmt=form)
         for rgb in pictures:
-            container.mux(stream.encode(from_rgb(rgb, form, cast(Any, None), True)))
+            container.mux(stream.encode(from_rgb(rgb, form)))
         container.mux(stream.encode(None))
     if (codec, bits) == ("libvpx-vp9", 10):
         with pytest.raises(MediaError, match="has 8 bits and the input has 10; use libx265"):
@@ -326,7 +321,7 @@ def test_lossless_loses_nothing(codec, bits, tmp_path):
         assert any("rounds the colors once" in note for note in writer.notes)
         with open_reader(source) as reader, av.open(str(tmp_path / "b.mkv")) as container:
             for frame, coded in zip(reader, container.decode(video=0), strict=True):
-                exact = from_rgb(frame.rgb, "yuv444p10le", reader.color, False)
+                exact = from_rgb(frame.rgb, "yuv444p10le", reader.color)
                 for a, b in zip(exact.planes, coded.planes, strict=True):
                     assert np.array_equal(samples(a), samples(b))
         return
@@ -750,7 +745,7 @@ def test_transparency_of_a_video_is_dropped_aloud(tmp_path):
 
 def test_limits_and_their_override(tmp_path, monkeypatch):
     source = media.write_video(tmp_path / "a.mp4", PICTURES[:2])
-    monkeypatch.setattr("mana_triton.video.reader.MAX_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr("mana_triton.video.container.MAX_PIXELS", 48 * 32 - 1)
     with pytest.raises(MediaError, match="48x32 are larger than 1535 pixels; use --no-limits"):
         open_reader(source)
     (tmp_path / "in").mkdir()
@@ -764,7 +759,7 @@ def test_limits_and_their_override(tmp_path, monkeypatch):
     for path in (source, tmp_path / "in"):
         with open_reader(path, limits=False) as reader:
             assert reader.width == 48
-    monkeypatch.setattr("mana_triton.video.reader.MAX_PIXELS", 2**26)
+    monkeypatch.setattr("mana_triton.video.container.MAX_PIXELS", 2**26)
     with av.open(str(tmp_path / "many.mkv"), "w") as container:
         streams = [container.add_stream("ffv1", 25, width=16, height=16) for _ in range(101)]
         for stream in cast(Any, streams):

@@ -28,15 +28,11 @@ from PIL import Image, ImageCms
 
 from mana_triton.video import reader as readers
 from mana_triton.video.encoder import EncodeOptions
-from mana_triton.video.timeline import Timeline
-from mana_triton.video.writer import (
-    Frame,
-    ImageFolderReader,
-    MediaError,
-    VideoWriter,
-    open_reader,
-    open_writer,
-)
+from mana_triton.video.frame import Frame, MediaError
+from mana_triton.video.image_reader import ImageFolderReader
+from mana_triton.video.reader import open_reader
+from mana_triton.video.timestamps import Discontinuities
+from mana_triton.video.writer import VideoWriter, open_writer
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT.parent / "shared" / "data" / "demo"
@@ -296,11 +292,11 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
     source = tmp_path / "joined.ts"
     source.write_bytes(b"".join(kinds[kind].read_bytes() for kind in with_sound))
     with av.open(str(source)) as container:
-        timeline = Timeline(container, container.demux())
-    assert timeline.joints == len(with_sound) - 1
+        timeline = Discontinuities(container, container.demux())
+    assert timeline.count == len(with_sound) - 1
     times: dict[str, list[list[Fraction]]] = {"video": [[]], "audio": [[]]}
     with av.open(str(source)) as container:
-        for packet in timeline.along(container.demux()):
+        for packet in timeline.corrected(container.demux()):
             if packet.size and packet.pts is not None:
                 times[packet.stream.type][-1].append(packet.pts * packet.stream.time_base)
     [frames], [sounds] = ([sorted(x) for x in times[kind]] for kind in ("video", "audio"))
@@ -349,7 +345,7 @@ def test_a_stream_that_jumps_alone_spoils_no_place_behind_it(tmp_path):
     start, end = later.read_bytes()[: 20 * 188], later.read_bytes()[20 * 188 :]
     source.write_bytes(first.read_bytes() + start + b"".join(again) + end + first.read_bytes())
     with av.open(str(source)) as container:
-        assert Timeline(container, container.demux()).joints == 1
+        assert Discontinuities(container, container.demux()).count == 1
 
 
 class CountedList(list):
@@ -372,12 +368,12 @@ def test_places_are_found_in_a_moment(tmp_path):
         stream=SimpleNamespace(index=0)) for _ in range(20000)]  # fmt: skip
     timeline = cast(Any, Timeline.__new__(Timeline))
     moves = [(number, Fraction(number, 25)) for number in range(20000)]
-    timeline.joints, timeline._moves = len(moves), {0: CountedList(moves)}
-    assert [packet.pts for packet in timeline.along(packets)] == list(range(20000))
+    timeline.count, timeline._moves = len(moves), {0: CountedList(moves)}
+    assert [packet.pts for packet in timeline.corrected(packets)] == list(range(20000))
     assert timeline._moves[0].looks < 20 * 20000
 
 
-def fake_timeline(kinds: str, packets: list[tuple[int, int]]) -> tuple[Timeline, list[int]]:
+def fake_timeline(kinds: str, packets: list[tuple[int, int]]) -> tuple[Discontinuities, list[int]]:
     """The timeline of (stream, milliseconds) packets, and their times; of data, audio, video."""
     types = {"d": "data", "a": "audio", "v": "video"}
     streams = [
@@ -393,8 +389,8 @@ def fake_timeline(kinds: str, packets: list[tuple[int, int]]) -> tuple[Timeline,
             times = {"pts": time, "dts": time, "time_base": media.MS, "duration": 40}
             yield SimpleNamespace(stream=streams[index], pos=place, size=1, **times)
 
-    timeline = Timeline(container, demuxed())
-    return timeline, [packet.pts for packet in timeline.along(demuxed())]
+    timeline = Discontinuities(container, demuxed())
+    return timeline, [packet.pts for packet in timeline.corrected(demuxed())]
 
 
 def test_a_stream_that_begins_behind_a_joint_is_moved():
@@ -402,7 +398,7 @@ def test_a_stream_that_begins_behind_a_joint_is_moved():
     first = [(0, time) for time in range(5000, 7000, 40)]
     later = [(0, 0), (1, 10), *((0, time) for time in range(40, 2000, 40)), (1, 1990)]
     timeline, times = fake_timeline("vd", first + later)
-    assert timeline.joints == 1
+    assert timeline.count == 1
     assert times[len(first) :] == [time + 7000 for _, time in later]
 
 
@@ -412,7 +408,7 @@ def test_too_many_jumps_are_damage(monkeypatch):
     for count, joints in ((50, 50), (51, 0)):
         packets = [(0, -5000 * number) for number in range(count + 1)]
         timeline, times = fake_timeline("v", packets)
-        assert timeline.joints == joints
+        assert timeline.count == joints
         assert (times == [time for _, time in packets]) == (joints == 0)
 
 
@@ -433,7 +429,7 @@ def test_many_jumps_of_many_streams_take_little(kinds):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert timeline.joints > 9900
+    assert timeline.count > 9900
     assert peak < 10000 * 1000
     assert process_time() - began < 30
 
@@ -504,8 +500,10 @@ def test_known_colors_decode(matrix, full_range, codec, form, bits, tmp_path):
     )
     with open_reader(source) as reader:
         decoded = next(iter(reader)).rgb / (1 if bits == 8 else 257)
-    assert (reader.colorspace, reader.color_guessed) == (matrix, False)
-    assert reader.color_range == ("full" if full_range else "limited")
+    assert (reader.color.name, reader.color.guessed) == (matrix, False)
+    assert ("full" if reader.color.full_range else "limited") == (
+        "full" if full_range else "limited"
+    )
     assert np.abs(decoded - patches()).max() <= 2 / 2 ** (bits - 8)
 
 
@@ -547,7 +545,7 @@ def test_untagged_colors_are_guessed_by_size_and_then_tagged(height, matrix, tmp
         tmp_path / "a.mp4", [planes], "yuv444p", pix_fmt="yuv444p", options=LOSSLESS
     )
     reader, _ = convert(source, tmp_path / "b.mp4", options=LOSSLESS | {"pix_fmt": "yuv444p"})
-    assert reader.color_guessed
+    assert reader.color.guessed
     assert any(matrix in note for note in reader.notes)
     [out] = read_all(tmp_path / "b.mp4")
     assert np.abs(out.rgb[::4, ::4].astype(int) - patches(height)).max() <= 2
@@ -1014,7 +1012,9 @@ def test_full_disk(suffix, plain, tmp_path):
         import resource, signal, sys
         import numpy as np
         from mana_triton.video.encoder import EncodeOptions
-        from mana_triton.video.writer import MediaError, open_reader, open_writer
+        from mana_triton.video.frame import MediaError
+        from mana_triton.video.reader import open_reader
+        from mana_triton.video.writer import open_writer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
         noise = np.random.default_rng(0)
@@ -1185,7 +1185,7 @@ def test_named_profiles_of_pictures_do_no_harm(tmp_path):
     Image.new("RGB", (16, 12)).save(tmp_path / "picture.png", icc_profile=profile)
     code = """
     import sys
-    from mana_triton.video.writer import open_reader
+    from mana_triton.video.reader import open_reader
 
     for _ in range(100):
         with open_reader(sys.argv[1]) as reader:
