@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import baselines
 from eval.timing import Roofline, Row, extra_mib, find_roofline, measure, summarize
 from mana_triton import MANA, MANAConfig, cross_frame_attention, load
-from mana_triton.attention import TOLERANCE
+from mana_triton.attention import STREAM_TOLERANCE, TOLERANCE
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import TOLERANCE as STREAM_TOLERANCE
 from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.model import PRECISIONS
