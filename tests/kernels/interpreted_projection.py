@@ -1,6 +1,6 @@
 """Projections to tiles, and the attention of tiles, against float64.
 
-Run by test_small_kernels.py in a process of its own, on the GPU or in Triton's interpreter,
+Run by test_operators.py in a process of its own, on the GPU or in Triton's interpreter,
 which has to be chosen before the kernels are defined. It computes bfloat16 products wrongly, so
 those are for the GPU.
 """
@@ -33,10 +33,8 @@ TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = {  # N, H, W, C, D
     "one-pixel": (1, 1, 1, 32, 16),
     "odd-size": (2, 9, 17, 64, 32),
-    "whole-tiles": (3, 8, 16, 32, 16),
     "paper": (1, 6, 14, 128, 64),
     "widest": (1, 3, 5, 256, 128),
-    "wide-features": (2, 5, 7, 128, 16),
 }
 
 
