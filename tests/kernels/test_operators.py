@@ -15,9 +15,8 @@ from oracle import assert_as_accurate
 from torch import nn
 from torch.library import opcheck
 
-from mana_triton import MANA, MANAConfig, cross_frame_attention
+from mana_triton import MANA, MANAConfig, cross_frame_attention, upscale
 from mana_triton.attention import choose_backend
-from mana_triton.engine.upscaler import Upscaler
 
 SUITES = pytest.mark.parametrize("kernel", ["cross_frame", "memory", "projection"])
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
@@ -212,8 +211,8 @@ def test_enlarged_frames_agree(monkeypatch):
     model = MANA(config)
     nn.init.normal_(model.w_z.weight, std=0.1)
     frames = torch.randint(0, 256, (5, 24, 40, 3), dtype=torch.uint8).numpy()
-    gpu = Upscaler(model, device="cuda", precision="fp32", backend="triton").stream(frames)
-    cpu = Upscaler(model, device="cpu", precision="fp32", backend="tiled").stream(frames)
+    gpu = upscale(frames, model, device="cuda", precision="fp32", backend="triton")
+    cpu = upscale(frames, model, device="cpu", precision="fp32", backend="tiled")
     for x, y in zip(gpu, cpu, strict=True):
         # a step where rounding falls to the other side
         assert np.abs(np.asarray(x, int) - y).max() <= 1
