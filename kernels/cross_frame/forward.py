@@ -19,6 +19,7 @@ from ..layout import (
     block_origin,
     block_pixels,
     block_width,
+    check_operands,
     load_rows,
     store_pixels,
 )
