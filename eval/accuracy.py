@@ -16,11 +16,11 @@ the same table. The last line of stdout is one JSON object; the exit code is 1 i
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -31,18 +31,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from einops import rearrange
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from eval import bench
-from eval.datasets import arrange, console
+from eval.datasets import console, find_clips
+from eval.timing import Row, show
 from mana_triton import MANA, export, load
 from mana_triton.checkpoint import CheckpointError
-from mana_triton.engine.upscaler import Upscaler, window_numbers
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
+from mana_triton.engine.window import window_numbers
 from mana_triton.metrics import psnr
 from mana_triton.resize import SCALE
-from mana_triton.training.clips import DataError, degrade
+from mana_triton.training.clips import DataError
+from mana_triton.training.degradation import degrade
 
 LEAST = {"fp32": 80.0, "bf16": 50.0, "fp16": 50.0}  # dB between the outputs
 MOST = 0.02  # dB by which the PSNR against the originals may move
@@ -50,7 +51,6 @@ FRAMES = 3
 BAND = 128 << 20  # bytes of the reference's logits at once
 TILE = 32  # of the path in tiles: small, so that there are many seams
 
-Row = dict[str, Any]
 Run = Callable[[Tensor], Tensor]  # [T, 3, H, W] -> [T, 3, 4H, 4W], both in [0, 1]
 
 
@@ -84,7 +84,7 @@ def demo(frames: int = FRAMES) -> list[Clip]:
 
 def clips_in(folder: Path, frames: int) -> Iterator[Clip]:
     """The first frames of every clip below a folder, one clip at a time."""
-    for source in arrange(folder):
+    for source in find_clips(folder):
         yield clip_of(source.name, np.stack(list(islice(source.frames(), frames))))
 
 
@@ -96,8 +96,6 @@ def windows(length: int, frames: int) -> list[list[int]]:
 @torch.no_grad()
 def reference_frames(model: MANA, lr: Tensor) -> Tensor:
     """[T, 3, 4H, 4W] of a clip [T, 3, H, W]: dense attention in bands of rows, nothing else."""
-    model = copy.deepcopy(model)
-    model.backend = "reference"
     t, _, height, width = lr.shape
     rows = max(BAND // (4 * model.config.frames * height * width**2), 1)
     encoded = [model.encode(frame[None]) for frame in lr]
@@ -106,36 +104,33 @@ def reference_frames(model: MANA, lr: Tensor) -> Tensor:
         k, v = (torch.stack([getattr(encoded[i], x) for i in numbers], 1) for x in "kv")
         f, _, _, *norm = encoded[center]
         q = model.queries(f, *norm)
-        z = [
-            model.fuse(f[:, :, y : y + rows], q[:, y : y + rows], k, v, first_row=y)
-            for y in range(0, height, rows)
-        ]
+        bands = zip(range(0, height, rows), f.split(rows, 2), q.split(rows, 1), strict=True)
+        z = [model.fuse(f_y, q_y, k, v, y, backend="reference") for y, f_y, q_y in bands]
         results.append(model.decode(torch.cat(z, 2)) + model.skip(lr[center : center + 1]))
     return torch.cat(results).clamp(0, 1)
 
 
 def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
     """Every fast path by its name; a GPU has a second backend."""
-    plain = {"device": device, "precision": "fp32", "tile": 0, "workers": 1}
+    plain = EngineOptions(device, "fp32", tile=0, scene_cuts=False, batch=1, workers=1)
 
     def streamed(**changes: Any) -> Fast:
-        upscaler = Upscaler(model, scene_cuts=False, **plain | changes)
+        upscaler = Upscaler(model, replace(plain, **changes))
         return Fast(
-            upscaler.precision,
-            lambda lr: torch.stack([torch.as_tensor(x) for x in upscaler.stream(lr.cpu())]),
+            upscaler.precision, lambda lr: torch.stack([x for _, x in upscaler.stream(lr.cpu())])
         )
 
     gpu = {"fp32, tiled": streamed(backend="tiled")} if device.type == "cuda" else {}
-    automatic = {"precision": "auto", "tile": "auto", "workers": "auto"}
+    automatic = dict.fromkeys(("precision", "tile", "batch", "workers"), "auto")
     return {
         "fp32": streamed(),
         **gpu,
         f"fp32, decoder tiles of {TILE}": streamed(tile=TILE),
-        "fp32, 2 side by side": streamed(workers=2),
+        "fp32, 2 workers": streamed(workers=2),
         "fp32, batches of 3": streamed(batch=3),
         "bf16": streamed(precision="bf16"),
         "fp16": streamed(precision="fp16"),
-        f"bf16, tiles of {TILE}, 2 side by side": streamed(precision="bf16", tile=TILE, workers=2),
+        f"bf16, tiles of {TILE}, 2 workers": streamed(precision="bf16", tile=TILE, workers=2),
         "as the command chooses": streamed(**automatic),
         "ONNX file, ONNX Runtime": Fast("fp32", partial(exported, model)),
     }
@@ -205,24 +200,11 @@ def missed(rows: list[Row]) -> list[str]:
     return [row["what"] for row in rows if row["gate"] == "missed"]
 
 
-def show(rows: list[Row], title: str) -> None:
-    """The table, on stdout."""
-    table = Table("", "type", "PSNR to reference, dB", "PSNR moved, dB", "gate", "", title=title)
-    for row in rows:
-        close, moved = row.get("psnr_db"), row.get("moved_db")
-        table.add_row(
-            row["what"], row["dtype"],
-            "" if close is None else f"{close:.1f}", "" if moved is None else f"{moved:+.4f}",
-            row["gate"] or "", row.get("note", ""),
-        )  # fmt: skip
-    Console(width=140).print(table)
-
-
 def gate(clips: Iterable[Clip], weights: str, device: torch.device, title: str) -> list[Row]:
     """Check and show all paths with these weights."""
     model = load(weights).to(device)
     rows = check(clips, model, paths(model, device))
-    show(rows, f"Accuracy: {title}, {weights}, against the float32 reference")
+    show(rows, f"Accuracy: {title}, {weights}", "against the float32 reference")
     return rows
 
 

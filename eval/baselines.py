@@ -1,11 +1,12 @@
-"""Cross-frame attention as one would write it today with PyTorch alone: what ours is timed against.
+"""Cross-frame attention in plain PyTorch, in the ways one would write it today.
 
-Each takes q [B, H, W, D], k and v [B, T, H, W, D], sigma and scale [], and gives o. Runs from a
-bare checkout with torch alone.
+Each takes q [B, H, W, D], k and v [B, T, H, W, D], sigma and scale [], and returns o. Needs only
+torch.
 """
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +19,43 @@ TILE_Y, TILE_X = 8, 16  # of FlexAttention's blocks, 128 pixels
 COLUMNS = 16  # that carry the Gaussian through SDPA
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
-    """The definition, dense."""
-    return reference.cross_frame_attention(q, k, v, sigma.to(q.dtype), scale.to(q.dtype)).o
+@lru_cache(maxsize=1)
+def squared_distances(height: int, width: int, device: torch.device) -> Tensor:
+    """[HW, HW] of all pairs of pixels, as in the official code."""
+    p = reference.pixel_coordinates(0, height, width, torch.empty(0, device=device))
+    y, x = (p[:, None, axis] - p[:, axis] for axis in (0, 1))
+    return y.square_().add_(x.square_())
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, gaussian: str = "bias"
+) -> Tensor:
+    """Dense softmax, one frame after the other, with a table of distances as the official code."""
+    height, width = q.shape[1:3]
+    weight = squared_distances(height, width, q.device) * (-0.5 / sigma.square())
+    weight = (weight if gaussian == "bias" else weight.exp()).to(q.dtype)
+    q = q.flatten(1, 2) * scale.to(q.dtype)
+    frames = []
+    for k_t, v_t in zip(k.flatten(2, 3).unbind(1), v.flatten(2, 3).unbind(1), strict=True):
+        logits = q @ k_t.mT
+        a = (logits + weight).softmax(-1) if gaussian == "bias" else logits.softmax(-1) * weight
+        frames.append(a @ v_t)
+    return torch.stack(frames, 1).unflatten(2, (height, width))
 
 
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
-    """Fused attention that adds a dense [HW, HW] mask."""
+    """Fused attention with a dense [HW, HW] mask."""
     height, width = q.shape[1:3]
-    p = reference.pixel_coordinates(0, height, width, sigma)
-    mask = (p[:, None] - p[None]).square_().sum(-1).div(-2 * sigma * sigma).to(q.dtype)
+    mask = (squared_distances(height, width, q.device) / (-2 * sigma * sigma)).to(q.dtype)
     return _sdpa((q * scale.to(q.dtype)).flatten(1, 2), k.flatten(2, 3), v.flatten(2, 3), mask, k)
 
 
 def augmented_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
-    """Fused attention without a mask: the Gaussian is a product of 16 more columns.
+    """Fused attention without a mask: the Gaussian is a dot product of 16 extra columns.
 
     With coordinates (y, x) from the center of the frame and c = 1 / (2 sigma^2), a logit is
-    s q.k + 2c y y' + 2c x x' - c (y'^2 + x'^2) up to a constant of its row. Every factor is cut
-    into parts that the type holds, and the products that matter become the columns.
+    s q.k + 2c y y' + 2c x x' - c (y'^2 + x'^2) up to a constant of its row. Every factor is split
+    into parts that the type can represent, and the significant products become the columns.
     """
     height, width = q.shape[1:3]
     center = torch.tensor([height - 1, width - 1], device=q.device) / 2
@@ -61,7 +80,7 @@ def augmented_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor
 
 
 def _parts(x: Tensor, like: Tensor) -> list[Tensor]:
-    """Three numbers of the type of `like` that add up to x, the largest first."""
+    """Three numbers of the type of `like` with the sum x, the largest first."""
     parts = []
     for _ in range(3):
         parts.append(x.to(like.dtype))
@@ -70,7 +89,7 @@ def _parts(x: Tensor, like: Tensor) -> list[Tensor]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    """One query frame [B, HW, E] on k and v [B, T, HW, E], frames in the place of heads."""
+    """One query frame [B, HW, E], k and v [B, T, HW, E]; frames take the place of heads."""
     q = q[:, None].expand(-1, k.shape[1], -1, -1)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     return o.unflatten(2, like.shape[2:4])
@@ -83,35 +102,12 @@ def flex(
     sigma: Tensor,
     scale: Tensor,
     attend: Callable = flex_attention,
+    mask: BlockMask | None = None,
 ) -> Tensor:
-    """FlexAttention, dense: the Gaussian as score_mod on row-major pixels."""
-    width = q.shape[2]
-    # a captured scalar with a gradient fails in FlexAttention's backward pass, a vector does not
-    sigmas = sigma.expand(q.shape[0]).contiguous()
-
-    def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        dy, dx = i // width - j // width, i % width - j % width
-        return score - (dy * dy + dx * dx) / (2 * sigmas[b] * sigmas[b])
-
-    wide_q = (q * scale.to(q.dtype)).flatten(1, 2)[:, None].expand(-1, k.shape[1], -1, -1)
-    o = attend(wide_q.contiguous(), k.flatten(2, 3), v.flatten(2, 3), score_mod=gaussian, scale=1.0)
-    assert isinstance(o, Tensor)
-    return o.unflatten(2, k.shape[2:4])
-
-
-def flex_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    attend: Callable = flex_attention,
-    *,
-    mask: BlockMask,
-) -> Tensor:
-    """FlexAttention on pixels in tiles of 8 x 16, and only the tiles of a BlockMask."""
+    """FlexAttention on tiles of 8 x 16 pixels, of all key tiles or those of a BlockMask."""
     height, width = k.shape[2:4]
     across = math.ceil(width / TILE_X)
+    # a captured scalar with a gradient fails in FlexAttention's backward pass, a vector does not
     sigmas = sigma.expand(q.shape[0]).contiguous()
 
     def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -132,7 +128,7 @@ def flex_blocks(
 
 
 def _place(index: Tensor, across: int) -> tuple[Tensor, Tensor]:
-    """Row and column of a pixel in the order of the tiles."""
+    """Row and column of a pixel in tile order."""
     tile, pixel = index // (TILE_Y * TILE_X), index % (TILE_Y * TILE_X)
     y = tile // across * TILE_Y + pixel // TILE_X
     return y, tile % across * TILE_X + pixel % TILE_X
@@ -146,27 +142,27 @@ def _to_tiles(x: Tensor) -> Tensor:
     return x.flatten(-5, -2)
 
 
-def block_mask(halo: Tensor, height: int, width: int) -> BlockMask:
-    """The key tiles within `halo` pixels of each query tile.
+def block_mask(window_radius: Tensor, height: int, width: int) -> BlockMask:
+    """The key tiles within a radius of each query tile.
 
     Args:
-        halo: [B, T, query tiles], integer.
+        window_radius: [B, T, query tiles], integer, in pixels.
         height, width: of a frame.
     """
     down, across = math.ceil(height / TILE_Y), math.ceil(width / TILE_X)
-    tile = torch.arange(down * across, device=halo.device)
+    tile = torch.arange(down * across, device=window_radius.device)
     top, left = tile // across * TILE_Y, tile % across * TILE_X
-    halo = halo[..., None]
+    radius = window_radius[..., None]
 
-    def near(start: Tensor, length: int) -> Tensor:
+    def overlaps(start: Tensor, length: int) -> Tensor:
         """Whether a key tile meets the window of a query tile: [B, T, query, key tiles]."""
-        begins = start[None, :] < start[:, None] + length + halo
-        return begins & (start[None, :] + length > start[:, None] - halo)
+        before_end = start[None, :] < start[:, None] + length + radius
+        return before_end & (start[None, :] + length > start[:, None] - radius)
 
-    wanted = near(top, TILE_Y) & near(left, TILE_X)
+    wanted = overlaps(top, TILE_Y) & overlaps(left, TILE_X)
     indices = wanted.int().argsort(dim=-1, descending=True, stable=True).int()
     counts = wanted.sum(-1).int()
-    # every pixel of the tiles counts: no mask within a block, as ours has none
+    # full blocks only: every pixel of a tile counts, as in our kernels
     nothing = torch.zeros_like(counts)
     return BlockMask.from_kv_blocks(
         nothing, torch.zeros_like(indices), counts, indices,

@@ -1,341 +1,229 @@
-"""Speed and memory of this machine's PyTorch path, as ratios measured in one process.
+"""Speed of this device: `run.py --bench`, milliseconds per frame against the paper's 59.
 
-    python eval/bench.py                   all parts, about eight minutes on two cores
-    python eval/bench.py attention import  some of them
-
-Parts: attention (tiled against dense eager at 64x112, D=64, T=7, sigma=4; logits q.k/sqrt(D) and,
-as in the study, unscaled ones), model (the paper preset streamed against 7 encodes per frame and
-dense eager attention), pipeline (tiny at 448x256 output, with decoding and encoding), memory (peak
-of 1280x720 input, and of 1000 frames against 100), import. Variants alternate; times are medians,
-with the 20th and 80th percentiles. Peak memory is that of a process of its own. The last line of
-stdout is one JSON object.
-
-`python eval/run.py --bench` is the device against the paper's 59 ms: see compare.py.
+Attention is timed against what PyTorch offers, each first checked against the definition; then
+whole frames, against the official code's way (seven encodes per frame, dense attention), and the
+stages of a frame. The roofline is the work at this device's own fastest matrix product.
 """
 
-import argparse
-import ctypes
-import functools
 import itertools
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from fractions import Fraction
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
-from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
 from einops import rearrange
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
-from mana_triton import MANA, MANAConfig, cross_frame_attention, host
-from mana_triton.engine.plan import Plan, predict
-from mana_triton.engine.upscaler import Upscaler
+from eval import baselines
+from eval.timing import Roofline, Row, extra_mib, find_roofline, measure, summarize
+from mana_triton import MANA, MANAConfig, cross_frame_attention, load
+from mana_triton.attention import STREAM_TOLERANCE, TOLERANCE
+from mana_triton.checkpoint import named_weights
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
+from mana_triton.model import PRECISIONS
+from mana_triton.resize import SCALE
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.mp4"
-PARTS = ("attention", "model", "pipeline", "plan", "memory", "import")
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.mp4"
+PAPER = {"what": "paper, 2080 Ti, published", "ms": 59.0, "note": "precision not published"}
 SIZE = (64, 112)  # low-resolution rows and columns of the paper's 448x256 frames
-Row = dict[str, Any]
+SMALL_SIZES = ((16, 28), (32, 56), SIZE)
+LARGE_SIZES = ((144, 180), (270, 480), (540, 960))
+FRAMES, CHANNELS, SIGMA = 7, 64, 4.0  # of the attention by itself
+SECONDS = 20.0  # of a table, without --full
 
 
-def interleave(variants: dict[str, Callable], runs: int) -> dict[str, list[float]]:
-    """Milliseconds of each variant in turn, after one uncounted round."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for counted in [False] + [True] * runs:
-        for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            if counted:
-                times[name].append(1000 * (time.perf_counter() - began))
-    return times
+class BenchError(Exception):
+    """The result that was to be timed is wrong."""
 
 
-def summarize(name: str, ms: list[float], baseline: list[float] | None = None) -> Row:
-    """A row of the table: median, percentiles and the ratio to a baseline."""
-    low, high = np.percentile(ms, [20, 80])
-    row: Row = {"what": name, "ms": statistics.median(ms), "p20": float(low), "p80": float(high)}
-    if baseline:
-        row["times_faster"] = statistics.median(baseline) / statistics.median(ms)
-    return row
+@dataclass(frozen=True)
+class Device:
+    """What all measurements of a run share."""
+
+    device: torch.device
+    precision: str
+    roofline: Roofline
+    seconds: float = 20.0  # of one table
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
 
 
-def bench_attention(threads: int) -> list[Row]:
-    """Forward, forward + backward, error and extra memory of tiled against dense eager."""
-    variants = {"dense eager": eager, "tiled": _tiled}
-    rows: list[Row] = []
-    for logits, scale in (("q.k/8", 0.125), ("q.k", 1.0)):
-        inputs = [*_attention_inputs(), torch.tensor(scale)]
-        with torch.no_grad():
-            ms = interleave(
-                {name: functools.partial(f, *inputs) for name, f in variants.items()}, 5
-            )
-            exact, fast = eager(*inputs), _tiled(*inputs)
-        for name in variants:
-            rows.append(summarize(f"forward, {logits}, {name}", ms[name], ms["dense eager"]))
-        rows[-1]["relative_error"] = float((fast - exact).norm() / exact.norm())
-    rows[1]["extra_mib"] = peak_of("_forward_peak", threads)
-    inputs = [x.requires_grad_() for x in _attention_inputs()]
-    upstream = torch.randn_like(inputs[1])
-    ms = interleave(
-        {name: functools.partial(_backward, f, inputs, upstream) for name, f in variants.items()}, 3
+# ---- the attention by itself
+
+
+def contestants(backend: str, inputs: list[Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """Functions of q, k, v, sigma and scale that compute the same attention.
+
+    FlexAttention is compiled, which takes minutes on a CPU, so it runs on GPUs only.
+    """
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+        return cross_frame_attention(q, k, v, sigma, scale=scale, backend=backend)
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        "dense": baselines.dense,
+        "SDPA, mask": baselines.masked_sdpa,
+        "SDPA, extra columns": baselines.augmented_sdpa,
+        f"ours, {backend}": ours,
+    }
+    if backend == "triton":
+        from mana_triton.kernels import cross_frame
+
+        q, k, v, sigma, scale = inputs
+        visited = cross_frame.forward(
+            q, k, v, sigma, scale,
+            gaussian="bias", offsets=False, tolerance=TOLERANCE[q.dtype], first_row=0,
+        )  # fmt: skip
+        mask = baselines.block_mask(visited.window_radius, *q.shape[1:3])
+        flex = partial(baselines.flex, attend=torch.compile(flex_attention, dynamic=False))
+        functions |= {"FlexAttention": flex, "FlexAttention, same tiles": partial(flex, mask=mask)}
+    return functions
+
+
+def attention_inputs(size: tuple[int, int], dtype: torch.dtype, device: torch.device):
+    """Random q, k, v of one clip, sigma and scale."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, t, *size, CHANNELS, generator=generator, device=device).to(dtype)
+        for t in (1, FRAMES, FRAMES)
     )
-    for name in variants:
-        rows.append(summarize(f"forward + backward, q.k/8, {name}", ms[name], ms["dense eager"]))
-    rows[-1]["extra_mib"] = peak_of("_backward_peak", threads)
-    return rows
+    sigma, scale = torch.tensor([SIGMA, CHANNELS**-0.5], device=device)
+    return [q[:, 0], k, v, sigma, scale]
 
 
-def _attention_inputs() -> list[Tensor]:
-    """Q, k, v of normal entries, those of q and k at 0.6 as in the study, and sigma."""
-    torch.manual_seed(0)
-    h, w = SIZE
-    q, k = torch.randn(1, h, w, 64) * 0.6, torch.randn(1, 7, h, w, 64) * 0.6
-    return [q, k, torch.randn(1, 7, h, w, 64), torch.tensor(4.0)]
+@torch.no_grad()
+def check_attention(name: str, actual: Tensor, inputs: list[Tensor], dense: Tensor) -> float:
+    """Relative error in two rows; BenchError if it exceeds rounding plus the certificate.
 
-
-DEFAULT_SCALE = torch.tensor(64**-0.5)
-
-
-def _tiled(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor = DEFAULT_SCALE) -> Tensor:
-    return cross_frame_attention(q, k, v, sigma, scale=scale, backend="tiled")
-
-
-@functools.lru_cache(maxsize=1)
-def squared_distances(height: int, width: int, device: torch.device) -> Tensor:
-    """[HW, HW] of all pairs of pixels: a table, as in the official code."""
-    places = reference.pixel_coordinates(0, height, width, torch.empty(0, device=device))
-    y, x = (places[:, None, axis] - places[:, axis] for axis in (0, 1))
-    return y.square_().add_(x.square_())
-
-
-def eager(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor = DEFAULT_SCALE) -> Tensor:
-    """Dense softmax of one frame after the other, as people write it."""
-    size = q.shape[1:3]
-    bias = (squared_distances(*size, q.device) * (-0.5 / sigma.square())).to(q.dtype)
-    q = q[0].flatten(0, 1) * scale.to(q)
-    frames = [
-        torch.softmax(q @ k_t.flatten(0, 1).mT + bias, -1) @ v_t.flatten(0, 1)
-        for k_t, v_t in zip(k[0], v[0], strict=True)
-    ]
-    return torch.stack(frames).unflatten(1, size)[None]
-
-
-def _eager_in_model(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, **_: object) -> Tensor:
-    return eager(q, k, v, sigma)
-
-
-def _backward(attention: Callable, inputs: list[Tensor], upstream: Tensor) -> None:
-    for x in inputs:
-        x.grad = None
-    attention(*inputs).backward(upstream)
-
-
-def _forward_peak() -> float:
-    inputs = _attention_inputs()
-    with torch.no_grad():
-        return _extra_mib(lambda: _tiled(*inputs))
-
-
-def _backward_peak() -> float:
-    inputs = [x.requires_grad_() for x in _attention_inputs()]
-    upstream = torch.randn_like(inputs[1])
-    return _extra_mib(lambda: _backward(_tiled, inputs, upstream))
-
-
-def _extra_mib(run: Callable) -> float:
-    """Peak resident memory during a run over that before it; a small run warms up first."""
-    small = [torch.randn(1, 33, 33, 64), *(torch.randn(1, 7, 33, 33, 64) for _ in range(2))]
-    with torch.enable_grad():
-        inputs = [*(x.requires_grad_() for x in small), torch.tensor(4.0)]
-        _backward(_tiled, inputs, small[1].detach())
-    return resident_peak(run)
-
-
-def resident_peak(run: Callable) -> float:
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # memory that is free already would not count
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    clear.write_text("5")  # the peak starts again from here
-    before = _status_mib(status, "VmRSS")
-    run()
-    return _status_mib(status, "VmHWM") - before
-
-
-def _status_mib(status: Path, key: str) -> float:
-    return int(status.read_text().split(f"{key}:")[1].split()[0]) / 1024
-
-
-def peak_of(function: str, threads: int) -> float:
-    """Result of a function of this file in a fresh process."""
-    call = function if function.endswith(")") else f"{function}()"
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; "
-        f"torch.set_num_threads({threads}); print(bench.{call})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    return float(result.stdout)
-
-
-def bench_model(threads: int) -> list[Row]:
-    """The paper preset in float32: streamed, against the same network run the naive way."""
-    torch.manual_seed(0)
-    model = MANA(MANAConfig.preset("paper"))
-    torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
-    clip = demo_frames(SIZE, 20)
-    window = window_of(clip[:7])
-
-    def naive() -> None:
-        dense = mock.patch("mana_triton.model.cross_frame_attention", _eager_in_model)
-        with dense, torch.inference_mode():
-            model(window)
-
-    def streamed() -> None:
-        for _ in upscaler.stream(iter(clip)):
-            pass
-
-    ms = interleave({"naive": naive, "streamed": streamed}, 3)
-    ms["streamed"] = [x / len(clip) for x in ms["streamed"]]
-    name = {"naive": "7 encodes, dense eager", "streamed": "streamed, tiled"}
-    return [summarize(f"paper fp32, {name[key]}", ms[key], ms["naive"]) for key in ms]
-
-
-def bench_pipeline(threads: int) -> list[Row]:
-    """Tiny at 448x256 output: the command's own figure, from decoding to the written file."""
-    with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder) / "clip.mp4"
-        write_clip(clip, *SIZE, frames=120)
-        results = [run_infer(clip, threads) for _ in range(3)]
-    return [summarize("tiny, whole pipeline", [result["ms_per_frame"] for result in results])]
-
-
-def bench_memory(threads: int) -> list[Row]:
-    """Peak memory of the command on large frames, and on few and many small ones."""
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for height, width, frames in ((720, 1280, 8), (*SIZE, 100), (*SIZE, 1000)):
-            clip = Path(folder) / f"{height}-{frames}.mp4"
-            write_clip(clip, height, width, frames)
-            result = run_infer(clip, threads)
-            rows.append(
-                {
-                    "what": f"tiny, {frames} frames of {width}x{height}",
-                    "ms": result["ms_per_frame"],
-                    "peak_mib": result["peak_mib"],
-                }
-            )
-    return rows
-
-
-# preset, height, width and plan, as workers, tile, band, rows and batch, whose peaks are measured
-PLANS = (
-    ("tiny", 128, 224, (2, 0, 64, 0, 0)),
-    ("tiny", 180, 320, (1, 0, 64, 0, 0)),
-    ("tiny", 270, 480, (1, 64, 32, 0, 0)),
-    ("tiny", 270, 480, (1, 128, 64, 0, 0)),
-    ("tiny", 180, 320, (1, 64, 16, 32, 0)),
-    ("small", 128, 224, (1, 0, 64, 0, 0)),
-    ("small", 180, 320, (1, 48, 32, 0, 0)),
-    ("small", 96, 320, (1, 48, 16, 32, 0)),
-    ("tiny", 128, 224, (1, 0, 64, 0, 3)),
-    ("tiny", 128, 224, (1, 0, 64, 0, 7)),
-    ("small", 96, 128, (1, 0, 64, 0, 4)),
-)
-
-
-def bench_plan(threads: int) -> list[Row]:
-    """Peak memory that the planner predicts for a stream, and what it takes."""
-    rows: list[Row] = []
-    for preset, height, width, plan in PLANS:
-        predicted = predict(MANAConfig.preset(preset), 4, height, width, Plan(*plan)) / 2**20
-        call = f"plan_peak({preset!r}, {height}, {width}, {plan})"
-        measured = peak_of(call, threads)
-        division = ", ".join(map(str, plan))
-        rows.append(
-            {
-                "what": f"{preset}, {width}x{height}, workers, tile, band, rows, batch {division}",
-                "predicted_mib": predicted,
-                "extra_mib": measured,
-                "predicted_share": predicted / measured,
-            }
+    Args:
+        name: of the variant, for the message.
+        actual, dense: [1, T, H, W, D] its result, and that of `baselines.dense` in the same type.
+        inputs: what both were computed from.
+    """
+    q, k, v, sigma, scale = inputs
+    rows = slice(q.shape[1] // 2, q.shape[1] // 2 + 2)
+    exact = reference.cross_frame_attention(
+        q[:, rows].double(), k[:, :1].double(), v[:, :1].double(), sigma.double(), scale.double(),
+        first_row=rows.start,
+    ).o  # fmt: skip
+    actual, dense = (x[:, :1, rows].double() for x in (actual, dense))
+    error, usual = ((x - exact).abs().max() for x in (actual, dense))
+    allowed = 16 * (usual + torch.finfo(q.dtype).eps / 2 * exact.abs().max())
+    allowed += TOLERANCE[q.dtype] * (v.abs().max() + exact.abs().max())
+    if not error <= allowed:
+        raise BenchError(
+            f"{name} must be within {allowed:.1e} of the definition, is {error:.1e} off; "
+            "nothing was timed: run pytest tests/kernels/test_attention.py"
         )
-    return rows
+    return float((actual - exact).norm() / exact.norm())
 
 
-def plan_peak(preset: str, height: int, width: int, plan: tuple[int, int, int, int, int]) -> float:
-    """MiB that a stream of nine frames takes at its peak beyond what the process held before."""
-    host.tune()
+def attention_rows(
+    size: tuple[int, int], backend: str, on: Device, backward: bool = False
+) -> list[Row]:
+    """Ours and what PyTorch offers, checked, then timed; with `backward`, forward and backward.
+
+    FLOP are those of the pairs that a variant visits: 4 D each forward, 14 D with the backward
+    pass, as FlashAttention counts.
+    """
+    inputs = attention_inputs(size, on.dtype, on.device)
+    q, k, v, sigma, scale = inputs
+    with torch.no_grad():
+        density = cross_frame_attention(
+            q, k, v, sigma, scale=scale, backend=backend, return_density=True
+        )[1]
+        dense = baselines.dense(q, k, v, sigma, scale)
+    runs: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, Row] = {}
+    for name, function in contestants(backend, inputs).items():
+        run = partial(_both_passes if backward else _forward, function, inputs)
+        try:
+            error = check_attention(name, _forward(function, inputs), inputs, dense)
+            rows[name] = {"extra_mib": extra_mib(run, on.device), "relative_error": error}
+        except RuntimeError as error:  # PyTorch cannot run it here, or the memory is too small
+            if name.startswith("ours"):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            rows[name] = {"what": name, "ms": None, "note": f"not run: {reason}"}
+            continue
+        runs[name] = run
+    del dense
+    ms = measure(runs, on.device, on.seconds)
+    for name, times in ms.items():
+        visited = density if name.startswith("ours") or name.endswith("same tiles") else 1.0
+        flop = (14 if backward else 4) * CHANNELS * FRAMES * visited * (size[0] * size[1]) ** 2
+        rows[name] |= summarize(name, times, ms.get("dense")) | _rates(flop, times, on)
+        if visited < 1:
+            rows[name]["note"] = f"visits {visited:.2g} of the pairs"
+    baselines.squared_distances.cache_clear()
+    return list(rows.values())
+
+
+def _rates(flop: float, ms: list[float], on: Device) -> Row:
+    """TFLOP/s, and its share of the device's fastest matrix product."""
+    rate = flop / median(ms)
+    share = 100 * rate / on.roofline.flop_per_ms
+    return {"tflop_per_s": rate / 1e9, "percent_of_roofline": share}
+
+
+@torch.no_grad()
+def _forward(function: Callable, inputs: list[Tensor]) -> Tensor:
+    return function(*inputs)
+
+
+def _both_passes(function: Callable, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+    return torch.autograd.grad(function(*leaves, inputs[4]), leaves, inputs[1])
+
+
+# ---- whole frames
+
+
+def network(preset: str) -> MANA:
+    """The shipped weights; without any, random ones with W_z other than zero."""
+    if preset in named_weights():
+        return load(preset)
     torch.manual_seed(0)
     model = MANA(MANAConfig.preset(preset))
     torch.nn.init.normal_(model.w_z.weight, std=0.01)
-    upscaler = Upscaler(model, device="cpu", precision="fp32", scene_cuts=False)
-    list(upscaler.stream(demo_frames((32, 40), 8)))  # what the first call alone takes
-    clip = demo_frames((height, width), 9)
-    upscaler.plans[height, width] = Plan(*plan)
-
-    def run() -> None:
-        for _ in upscaler.stream(iter(clip)):
-            pass
-
-    return resident_peak(run)
+    return model
 
 
-def bench_import(threads: int) -> list[Row]:
-    """Time of `import mana_triton` over that of `import torch`."""
-
-    def run(statement: str) -> None:
-        subprocess.run([sys.executable, "-c", statement], check=True, cwd=Path(__file__).parents[1])
-
-    ms = interleave(
-        {"torch": lambda: run("import torch"), "ours": lambda: run("import torch, mana_triton")}, 5
-    )
-    over = statistics.median(ms["ours"]) - statistics.median(ms["torch"])
-    return [
-        summarize("import torch", ms["torch"]),
-        {**summarize("import torch, mana_triton", ms["ours"]), "over_torch_ms": over},
-    ]
+def naive_network(config: MANAConfig, device: torch.device, dtype: torch.dtype) -> MANA:
+    """A network of this size whose attention is the official code's."""
+    torch.manual_seed(0)
+    official = replace(config, gaussian="gate", match="dot", offsets=False, logit_scale=1.0)
+    return MANA(official).eval().to(device, dtype)
 
 
-def write_clip(path: Path, height: int, width: int, frames: int) -> None:
-    """The demo clip at another size as a file of this many frames."""
-    import av
-
-    with av.open(str(path), "w") as target:
-        stream = target.add_stream("libx264", rate=25, options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for i, picture in enumerate(_demo((height, width), frames, "yuv420p")):
-            picture.pts, picture.time_base = i, Fraction(1, 25)
-            target.mux(stream.encode(picture))
-        target.mux(stream.encode(None))
-
-
-def _demo(size: tuple[int, int], count: int, pixel_format: str) -> Iterator[Any]:
-    """Frames of the demo clip at another size, forwards and backwards until there are enough."""
-    import av
-
-    with av.open(str(DEMO)) as source:
-        pictures = [x.reformat(size[1], size[0], pixel_format) for x in source.decode(video=0)]
-    yield from itertools.islice(itertools.cycle(pictures + pictures[-2:0:-1]), count)
+@torch.inference_mode()
+def naive_frame(model: MANA, window: Tensor) -> Tensor:
+    """A frame as the official code makes it, from [1, T, 3, H, W]: T encodes, dense attention."""
+    center = window.shape[1] // 2
+    f, k, v, *norm = model.encode(window[0])
+    f, *norm = (x[center : center + 1] for x in (f, *norm))
+    q = model.queries(f, *norm)
+    one = torch.ones((), device=window.device)
+    x = baselines.dense(q, k[None], v[None], model.sigma, one, gaussian="gate")
+    return model.decode(model.combine(f, q, x, None)) + model.skip(window[:, center])
 
 
 def demo_frames(size: tuple[int, int], count: int) -> np.ndarray:
-    """[count, H, W, 3] uint8 of the demo clip: how far attention reaches depends on the content."""
-    return np.stack([picture.to_ndarray() for picture in _demo(size, count, "rgb24")])
+    """[count, H, W, 3] uint8 of the demo clip, resized: the attention depends on the content."""
+    import av
+
+    with av.open(str(DEMO)) as source:
+        decoded = (x.reformat(size[1], size[0], "rgb24") for x in source.decode(video=0))
+        return np.stack([x.to_ndarray() for x in itertools.islice(decoded, count)])
 
 
 def window_of(frames: np.ndarray) -> Tensor:
@@ -343,62 +231,139 @@ def window_of(frames: np.ndarray) -> Tensor:
     return rearrange(torch.from_numpy(frames), "t h w c -> 1 t c h w") / 255
 
 
-def run_infer(clip: Path, threads: int) -> dict:
-    """The JSON line of the command on a clip, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-m", "mana_triton.infer", str(clip), "-n", "tiny", "--overwrite"],
-        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(result.stdout.splitlines()[-1])
+def frame_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
+    """Milliseconds per frame: the official way, one window, and streamed.
 
-
-def show(rows: list[Row], title: str | None = None, caption: str | None = None) -> None:
-    """The table, on stdout, with a line under it."""
-    units = {
-        "ms": "ms", "p20": "p20", "p80": "p80", "runs": "runs", "fps": "fps",
-        "gflop_per_s": "GFLOP/s", "gb_per_s": "GB/s",
-        "times_faster": "x faster", "noise_percent": "noise %", "percent_of_floor": "% of floor",
-        "predicted_mib": "predicted MiB", "extra_mib": "extra MiB", "predicted_share": "ratio",
-        "peak_mib": "peak MiB", "relative_error": "rel. error", "over_torch_ms": "over torch, ms",
-        "note": "",
-    }  # fmt: skip
-    used = [key for key in units if any(row.get(key) is not None for row in rows)]
-    table = Table("", *(units[key] for key in used), title=title, title_justify="left")
-    table.caption, table.caption_justify = caption, "left"
-    for row in rows:
-        cells = ("" if (x := row.get(key)) is None else x for key in used)
-        table.add_row(
-            str(row["what"]),
-            *(
-                x
-                if isinstance(x, str)
-                else f"{x:.{0 if x >= 1000 else 4}{'f' if x >= 1000 else 'g'}}"
-                for x in cells
-            ),
+    One streamed frame at a time is the latency, as many as the plan takes are the throughput.
+    """
+    model, size = network(preset), frames.shape[1:3]
+    options = EngineOptions(on.device, on.precision, scene_cuts=False)
+    one, several = Upscaler(model, replace(options, batch=1, workers=1)), Upscaler(model, options)
+    window = window_of(frames).to(on.device)
+    variants: dict[str, Callable] = {}
+    if size[0] * size[1] <= SIZE[0] * SIZE[1]:  # larger ones need many GB for the dense tables
+        for name in dict.fromkeys(("fp32", on.precision)):  # the official code has float32
+            naive = naive_network(model.config, on.device, PRECISIONS[name])
+            variants[f"naive, {name}"] = partial(naive_frame, naive, window.to(PRECISIONS[name]))
+        variants["ours, 7 encodes"] = lambda: one.model(
+            window.to(on.dtype), backend=one.backend, tolerance=STREAM_TOLERANCE
         )
-    Console(width=140).print(table)
+    stream = one.stream(itertools.cycle(frames))
+    variants["ours, latency"] = lambda: next(stream)
+    plan = several.plan(*size)
+    together = max(plan.batch, plan.workers)
+    if together > 1:
+        streams = several.stream(itertools.cycle(frames))
+        variants["ours, throughput"] = lambda: [next(streams) for _ in range(together)]
+    with torch.inference_mode():
+        memory = {name: extra_mib(run, on.device) for name, run in variants.items()}
+        ms = measure(variants, on.device, on.seconds)
+    baselines.squared_distances.cache_clear()
+    if together > 1:
+        ms["ours, throughput"] = [time / together for time in ms["ours, throughput"]]
+    rows = [
+        summarize(name, times, ms.get("naive, fp32"))
+        | {"fps": 1000 / median(times), "extra_mib": memory[name]}
+        for name, times in ms.items()
+    ]
+    for row in rows:
+        if row["what"] == "ours, throughput":
+            row["note"] = f"{together} frames at once"
+    return rows
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
-    args = parser.parse_args()
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(args.threads)
-    rows: list[Row] = []
-    for part in args.parts or PARTS:
-        rows += globals()[f"bench_{part}"](args.threads)
-    show(rows)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(json.dumps({"rows": rows, "threads": args.threads, "cpu": capability, **versions}))
+def flops(config: MANAConfig, size: tuple[int, int], density: float) -> dict[str, float]:
+    """FLOP of each stage of a streamed frame: convolutions, projections and visited pairs."""
+    height, width = size
+    with torch.device("meta"):
+        model = MANA(config)
+        frame = torch.empty(1, 3, height, width)
+        z = torch.empty(1, config.channels, height, width)
+        x = torch.empty(1, model.w_z.in_channels, height, width)
+    counted = {}
+
+    def encode() -> None:
+        f, _, _, *norm = model.encode(frame)
+        model.queries(f, *norm)
+
+    stages = {"encode": encode, "fuse": lambda: model.w_z(x), "decode": lambda: model.decode(z)}
+    for name, run in stages.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        counted[name] = float(counter.get_total_flops())
+    pixels, d = height * width, config.channels // 2
+    counted["fuse"] += (4 * d * config.memory_slots + 2 * d * config.channels) * pixels
+    counted["fuse"] += 4 * d * config.frames * density * pixels**2
+    return counted
 
 
-if __name__ == "__main__":
-    main()
+@torch.inference_mode()
+def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
+    """The stages of a frame with all features encoded: encode, fuse (both attentions), decode."""
+    upscaler = Upscaler(network(preset), EngineOptions(on.device, on.precision))
+    model, size = upscaler.model, frames.shape[1:3]
+    attention = {"backend": upscaler.backend, "tolerance": STREAM_TOLERANCE}
+    x = window_of(frames)[0].to(on.device, on.dtype)
+    center = slice(len(x) // 2, len(x) // 2 + 1)
+    f, k, v, *norm = model.encode(x)
+    f, *norm = (y[center] for y in (f, *norm))
+    q, k, v = model.queries(f, *norm), k[None], v[None]
+    z = model.fuse(f, q, k, v, **attention)
+    match = torch.nn.functional.normalize(q, dim=-1) if model.config.match == "cosine" else q
+    density = cross_frame_attention(
+        match, k, v, model.sigma,
+        gaussian=model.config.gaussian, scale=model.scale, return_density=True, **attention,
+    )[1]  # fmt: skip
+
+    def encode() -> None:
+        features = model.encode(x[center])
+        model.queries(features.f, features.scale, features.shift)
+
+    stages = {
+        "encode": encode,
+        "fuse": lambda: model.fuse(f, q, k, v, **attention),
+        "decode": lambda: model.decode(z) + model.skip(x[center]),
+    }
+    work = flops(model.config, size, density)
+    rows = []
+    for name, times in measure(stages, on.device, on.seconds / 3).items():
+        rows.append(summarize(name, times) | _rates(work[name], times, on))
+    rows[1]["note"] = f"visits {density:.2g} of the pairs"
+    return rows
+
+
+# ---- all tables
+
+
+def tables(
+    device: torch.device, precision: str, backend: str, full: bool
+) -> Iterator[tuple[str, str, list[Row]]]:
+    """Title, caption and rows of each table, as soon as it is measured."""
+    roofline, rows = find_roofline(device, PRECISIONS[precision])
+    yield "Roofline of this device", precision, [{"part": "roofline", **row} for row in rows]
+    on = Device(device, precision, roofline, seconds=60.0 if full else SECONDS)
+
+    def labeled(rows: list[Row], part: str, size: tuple[int, int], **more: Any) -> list[Row]:
+        shape = {"width": SCALE * size[1], "height": SCALE * size[0]}
+        return [{"part": part, **shape, "dtype": precision, **more, **row} for row in rows]
+
+    for backward in (False, True) if full or device.type == "cuda" else (False,):
+        what = "forward + backward" if backward else "forward"
+        rows = attention_rows(SIZE, backend, on, backward)
+        title = f"Attention, {what}: {SIZE[0]}x{SIZE[1]}, T={FRAMES}, D={CHANNELS}, sigma={SIGMA:g}"
+        caption = f"normal random q, k, v, tolerance {TOLERANCE[on.dtype]:g}, {precision}"
+        yield title, caption, labeled(rows, "attention", SIZE, passes=what)
+    for preset in ("paper", "tiny"):
+        weights = "shipped" if preset in named_weights() else "random"
+        caption = f"{weights} weights, frames of the demo clip, {precision}"
+        for size in (SMALL_SIZES if preset == "tiny" else (SIZE,)) + LARGE_SIZES * full:
+            frames = demo_frames(size, FRAMES)
+            more = {"preset": preset, "weights": weights}
+            rows = labeled(frame_rows(preset, frames, on), "frame", size, **more)
+            if (preset, size) == ("paper", SIZE):
+                rows += labeled([PAPER], "frame", size, preset=preset, dtype=None)
+            name = f"{preset}, {SCALE * size[1]}x{SCALE * size[0]} output"
+            yield f"Frame: {name}", caption, rows
+            if size == SIZE:
+                rows = labeled(stage_rows(preset, frames, on), "stage", size, **more)
+                yield f"Stages of a streamed frame: {name}", caption, rows

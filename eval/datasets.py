@@ -1,19 +1,18 @@
-"""Test sets: what is scored in each, and how the frames of other programs are matched to it.
+"""Test sets: what is scored in each, and how frames of other programs are matched to the clips.
 
-A set is a folder of videos or of folders of frames, nested in any way. Where some folders are named
-after originals (GT, HR, truth, original, target), only those are taken: UDM10 and SPMCS lie beside
-their low-resolution versions; a line names what else is left out. Some names, written in any way,
-mean more:
+A set is a folder of videos or of folders of frames, nested in any way. If some folders have the
+name of originals (GT, HR, truth, original, target), only those are used: UDM10 and SPMCS keep their
+low-resolution versions in the same tree. A note names what else is left out. Some names, in any
+spelling, mean more:
 
     Vimeo-90K           the sequences of sep_testlist.txt, of which only im4 is scored
-    Vimeo-90K-Motion    the 6 % of them that move most, by the mean length of their optical flow
+    Vimeo-90K-Motion    the 6 % of them with the largest mean optical flow
     REDS4               clips 000, 011, 015 and 020 of train_sharp, or of folders as above
 
-The flow of the paper's Vimeo-90K-Motion is not published; ours is `mana_triton.metrics.flow`
-between all seven frames, so that the two lists need not be equal.
+The paper does not publish the flow behind its Vimeo-90K-Motion; ours is `mana_triton.metrics.flow`
+between all seven frames, so the two lists may differ.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -28,19 +27,20 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from mana_triton.files import is_video, natural_key, write_atomically
 from mana_triton.metrics import flow
-from mana_triton.training.clips import VIDEOS, WINDOW, DataError, Source, find_sources
-from mana_triton.video.writer import MediaError, VideoReader
+from mana_triton.training.clips import WINDOW, DataError, Source, find_sources
+from mana_triton.video.frame import MediaError
+from mana_triton.video.reader import open_reader
 
 ORIGINALS = frozenset({"gt", "hr", "truth", "original", "target"})
-SHRUNK = frozenset({"lr", "lrx4", "x4", "input", "input4", "bix4", "bdx4", "blur4"})
+LOW_RESOLUTION = frozenset({"lr", "lrx4", "x4", "input", "input4", "bix4", "bdx4", "blur4"})
 VIMEO, MOTION, REDS4 = "vimeo90k", "vimeo90kmotion", "reds4"
-KNOWN = ("Vid4", "SPMCS", "UDM10", "REDS4", "Vimeo-90K", "Vimeo-90K-Motion", "Parkour")
 REDS4_CLIPS = ("000", "011", "015", "020")
-REDS4_FOLDERS = ORIGINALS | {"train_sharp"}  # val_sharp has clips of these numbers, too
+REDS4_FOLDERS = ORIGINALS | {"train_sharp"}  # val_sharp has clips with these numbers, too
 FASTEST = 0.06  # of the test list
-# clips and scored frames of the whole set; scores of a part of it cannot be compared
-WHOLE = {
+# clips and scored frames of the full set; scores of a part of it are not comparable
+FULL_SIZE = {
     "vid4": (4, 171),
     "spmcs": (30, 930),
     "udm10": (10, 320),
@@ -49,14 +49,16 @@ WHOLE = {
     MOTION: (469, 469),
     "parkour": (14, None),
 }
-MIDDLE = range(WINDOW // 2, WINDOW // 2 + 1)  # what is scored of seven frames
-SAVE_EVERY = 100  # sequences whose motion is known
+MIDDLE = range(WINDOW // 2, WINDOW // 2 + 1)  # the scored frame of seven
+SAVE_EVERY = 100  # measured sequences
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
-class Footage:
-    """One clip: [T, H, W, 3] frames, of which `scored` count."""
+class TestClip:
+    """One clip: [T, H, W, 3] frames, of which `scored` are compared."""
+
+    __test__ = False  # not a class of tests
 
     name: str
     source: Source
@@ -65,31 +67,27 @@ class Footage:
 
     @property
     def middle(self) -> int:
-        """Number of the scored frame that pictures show."""
+        """Number of the scored frame that the report shows."""
         return self.scored[len(self.scored) // 2]
-
-    def identity(self) -> dict:
-        """What a stored result depends on, without reading the frames."""
-        return identity(self.source) | {"scored": [self.scored[0], len(self.scored)]}
 
 
 def identity(source: Source) -> dict:
-    """Where a clip lies, and what changes when its files do."""
+    """The place of a clip, and what changes with its files."""
     return {"place": str(source.place.resolve()), **source.stamp()}
 
 
 def plain(name: str) -> str:
-    """A name without case and punctuation: Vimeo-90K and vimeo_90k are one."""
+    """A name without case and punctuation: Vimeo-90K and vimeo_90k are equal."""
     return re.sub(r"[\W_]", "", name).lower()
 
 
-def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None) -> list[Footage]:
+def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None) -> list[TestClip]:
     """The clips of a set.
 
     Args:
         name: of the set; see above for the names that mean something.
         path: its folder, or one video.
-        cache: folder where the motion of the sequences of Vimeo-90K is kept.
+        cache: folder where the measured motion of Vimeo-90K is stored.
         executor: processes that measure this motion; None measures it here.
 
     Raises:
@@ -98,8 +96,12 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
     if not (path / "sep_testlist.txt").is_file():
         if plain(name) in (VIMEO, MOTION):
             raise DataError(f"{name} must hold sep_testlist.txt and sequences/, {path} does not")
-        sources = _reds4(path) if plain(name) == REDS4 else arrange(path, ORIGINALS)
-        return [_footage(source) for source in sources]
+        sources = _reds4(path) if plain(name) == REDS4 else find_clips(path, ORIGINALS)
+        lengths = {source: count(source) for source in sources}
+        return [
+            TestClip(source.name, source, (frames, *size_of(source)), range(frames))
+            for source, frames in lengths.items()
+        ]
     if plain(name) not in (VIMEO, MOTION):
         raise DataError(
             f"the name of a folder with sep_testlist.txt must be Vimeo-90K or Vimeo-90K-Motion, "
@@ -109,29 +111,21 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
     if plain(name) == MOTION:
         sources = fastest(sources, cache, executor)
     shape = size_of(sources[0])
-    return [Footage(s.name, s, (WINDOW, *shape), MIDDLE) for s in sources]
+    return [TestClip(source.name, source, (WINDOW, *shape), MIDDLE) for source in sources]
 
 
-def misspelled(name: str) -> str | None:
-    """A line if this is not the name of a well-known set, but nearly."""
-    near = difflib.get_close_matches(plain(name), WHOLE, 1, cutoff=0.75)
-    if not near or plain(name) in WHOLE:
-        return None
-    return f"{name} is taken as a set of your own; those with a meaning are {', '.join(KNOWN)}"
-
-
-def incomplete(name: str, clips: Sequence[Footage]) -> str | None:
+def incomplete(name: str, clips: Sequence[TestClip]) -> str | None:
     """A line that says so if these are not all clips and frames of a well-known set."""
-    expected = WHOLE.get(plain(name))
+    expected = FULL_SIZE.get(plain(name))
     frames = sum(len(clip.scored) for clip in clips)
     if expected is None or (len(clips), frames) == (expected[0], expected[1] or frames):
         return None
-    whole = f"{expected[0]} clips" + (f" and {expected[1]} frames" if expected[1] else "")
-    return f"{name} has {whole}, here are {len(clips)} and {frames}: do not compare the scores"
+    full = f"{expected[0]} clips" + (f" and {expected[1]} frames" if expected[1] else "")
+    return f"{name} has {full}, here are {len(clips)} and {frames}: do not compare the scores"
 
 
-def arrange(path: Path, wanted: frozenset[str] = frozenset()) -> list[Source]:
-    """The clips below a folder, frames in the order of their numbers.
+def find_clips(path: Path, wanted: frozenset[str] = frozenset()) -> list[Source]:
+    """The clips below a folder, in natural order, each with a different name.
 
     Args:
         path: see `find_sources`.
@@ -139,24 +133,23 @@ def arrange(path: Path, wanted: frozenset[str] = frozenset()) -> list[Source]:
     """
     found = []
     for source in find_sources(path, "test"):
-        parts = source.place.with_suffix("") if _is_video(source) else source.place
-        parts = parts.relative_to(path).parts if source.place != path else ()
-        files = tuple(sorted(source.files, key=_natural))
-        found.append((parts, replace(source, files=files)))
+        place = source.place.with_suffix("") if is_video(source.files[0]) else source.place
+        parts = place.relative_to(path).parts if source.place != path else ()
+        found.append((parts, source))
     chosen = [x for x in found if _is_among(x[0], wanted)] or found
-    known = wanted | ORIGINALS | SHRUNK
-    left = ["-".join(parts) for parts, _ in found if not _is_among(parts, known)]
-    if left and len(chosen) < len(found):
+    known = wanted | ORIGINALS | LOW_RESOLUTION
+    left_out = ["-".join(parts) for parts, _ in found if not _is_among(parts, known)]
+    if left_out and len(chosen) < len(found):
         console.print(
-            f"note: of {path} only what folders named {', '.join(sorted(wanted))} hold is taken; "
-            f"left out: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
+            f"note: of {path} only folders named {', '.join(sorted(wanted))} are used; "
+            f"left out: {', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}"
         )
     sources = []
     for parts, source in chosen:
         name = "-".join(part for part in parts if part.lower() not in wanted)
         own = path.stem if path.is_file() else path.resolve().name
         sources.append(replace(source, name=name or own))
-    sources.sort(key=lambda source: _natural(Path(source.name)))
+    sources.sort(key=lambda source: natural_key(source.name))
     for a, b in pairwise(sources):
         if a.name == b.name:
             raise DataError(
@@ -171,7 +164,7 @@ def _is_among(parts: Sequence[str], names: frozenset[str]) -> bool:
 
 
 def singles(sources: Sequence[Source]) -> list[Source]:
-    """Every picture as a clip of its own: what programs write that enlarge one frame of each."""
+    """Every picture as a clip, for programs that write one picture per clip into one folder."""
     split = []
     for source in sources:
         for file in source.files:
@@ -180,75 +173,70 @@ def singles(sources: Sequence[Source]) -> list[Source]:
     return split
 
 
-def match(clips: Sequence[Footage], sources: Sequence[Source], where: Path) -> dict[str, Source]:
-    """Each clip's counterpart: of the same name, else of a name that holds it, else by order.
+def match(clips: Sequence[TestClip], sources: Sequence[Source], path: Path) -> dict[str, Source]:
+    """The source for each clip: of the same name, else of a name that contains it, else by order.
 
-    A line says so if it is by order.
+    A note says when it is by order.
 
     Raises:
         DataError: neither names nor numbers agree.
     """
     same = {source.name: source for source in sources}
-    alike = {plain(source.name): source for source in sources}
+    similar = {plain(source.name): source for source in sources}
     for choose in (
         same.get,
-        lambda name: alike.get(plain(name)),
-        lambda name: _holding(plain(name), alike),
+        lambda name: similar.get(plain(name)),
+        lambda name: _containing(plain(name), similar),
     ):
         pairs = {clip.name: choose(clip.name) for clip in clips}
         chosen = [source.place for source in pairs.values() if source]
         if len(chosen) == len(set(chosen)) == len(clips):
             return {name: source for name, source in pairs.items() if source}
     if len(sources) != len(clips):
-        missing = [clip.name for clip in clips if plain(clip.name) not in alike]
+        missing = [clip.name for clip in clips if plain(clip.name) not in similar]
         raise DataError(
-            f"{where} must hold one folder or video for each of {len(clips)} clips, it holds "
+            f"{path} must hold one folder or video for each of {len(clips)} clips, it holds "
             f"{len(sources)}; nothing there is named after {', '.join(missing[:3])}"
         )
     console.print(
-        f"note: the names in {where} are not those of the clips, so they are taken in order: "
+        f"note: the names in {path} are not those of the clips, so they are matched in order: "
         f"{clips[0].name} is {sources[0].name}, ..., {clips[-1].name} is {sources[-1].name}"
     )
     return {clip.name: source for clip, source in zip(clips, sources, strict=True)}
 
 
-def _holding(name: str, sources: dict[str, Source]) -> Source | None:
-    """The only source whose name holds this one, or the other way round."""
+def _containing(name: str, sources: dict[str, Source]) -> Source | None:
+    """The only source whose name contains this one, or the other way round."""
     near = [source for other, source in sources.items() if name in other or other in name]
     return near[0] if len(near) == 1 else None
 
 
 def size_of(source: Source) -> tuple[int, int]:
     """Height and width of the first frame."""
-    frames = source.frames()
-    for frame in frames:
+    for frame in source.frames():
         return frame.shape[0], frame.shape[1]
     raise DataError(f"{source.place} must have frames, it has none; remove it")
 
 
 def count(source: Source) -> int:
-    """Number of frames; a video is read to its end and must be whole."""
-    if not _is_video(source):
+    """Number of frames; a video is decoded to its end and must be complete."""
+    if not is_video(source.files[0]):
         return len(source.files)
     try:
-        reader = VideoReader(source.files[0])
-        frames = sum(1 for _ in reader)
-        reader.close()
+        with open_reader(source.files[0]) as reader:
+            frames = sum(1 for _ in reader)
     except MediaError as error:
         raise DataError(str(error)) from error
     if reader.truncated:
-        raise DataError(f"{source.place} must be a whole video, {reader.truncated}; copy it again")
+        raise DataError(
+            f"{source.place} must be a complete video, {reader.truncated}; copy it again"
+        )
     return frames
-
-
-def _footage(source: Source) -> Footage:
-    frames = count(source)
-    return Footage(source.name, source, (frames, *size_of(source)), range(frames))
 
 
 def _reds4(path: Path) -> list[Source]:
     by_clip: dict[str, Source] = {}
-    for source in arrange(path, REDS4_FOLDERS):
+    for source in find_clips(path, REDS4_FOLDERS):
         parts = source.place.relative_to(path).parts
         if len(parts) > 1 and not _is_among(parts, REDS4_FOLDERS):
             continue
@@ -268,28 +256,18 @@ def _reds4(path: Path) -> list[Source]:
     return [replace(by_clip[clip], name=clip) for clip in REDS4_CLIPS]
 
 
-def _is_video(source: Source) -> bool:
-    return source.files[0].suffix.lower() in VIDEOS
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key with numbers in their order: frame 2 before frame 10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
-
-
 # ---- Vimeo-90K-Motion
 
 
 def motion(source: Source) -> float:
-    """Mean length of the optical flow between neighbor frames, in pixels."""
+    """Mean length of the optical flow between neighboring frames, in pixels."""
     frames = list(source.frames())
     lengths = [np.linalg.norm(flow(a, b), axis=0).mean() for a, b in pairwise(frames)]
     return float(np.mean(lengths))
 
 
 def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> list[Source]:
-    """The sequences that move most, in the order of the list; what is measured is kept in cache."""
+    """The sequences with the most motion, in the order of the list; measurements are cached."""
     names = "\n".join(str(source.place.resolve()) for source in sources)
     file = cache / f"motion-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json"
     stamps = {source.name: source.stamp() for source in sources}
@@ -303,7 +281,8 @@ def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> li
 
     def save() -> None:
         entries = {name: {"stamp": stamps[name], "pixels": known[name]} for name in known}
-        write_atomically(file, json.dumps(entries).encode())
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(entries))
 
     if missing:
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -323,20 +302,9 @@ def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> li
 
 
 def load_json(file: Path) -> dict:
-    """The object in a file; empty if there is none, or if it is damaged."""
+    """The object in a file; empty if the file is missing or damaged."""
     try:
         content = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """A file with this name is complete, always."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

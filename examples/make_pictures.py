@@ -17,7 +17,7 @@ import torch
 
 from mana_triton import upscale
 from mana_triton.resize import upscale_bicubic
-from mana_triton.video.writer import open_reader
+from mana_triton.video.reader import open_reader
 
 DEMO = Path(__file__).parent / "demo.mp4"
 FRAME = 37

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def visible_below(folder: Path) -> Iterator[Path]:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; the file gets its own name if all goes well."""
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part{path.suffix}")
+    # the name of `path` may be as long as names can be
+    part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield part
         part.replace(path)

@@ -1,17 +1,18 @@
-"""How close a frame comes to its original, as the super-resolution literature measures it.
+"""Image and video quality metrics, as the super-resolution literature defines them.
 
     PSNR = 10 log10(255^2 / mean((a - b)^2))                                      in dB
     SSIM = mean of (2 ma mb + C1) (2 sab + C2) / ((ma^2 + mb^2 + C1) (sa^2 + sb^2 + C2))
 
 ma, sa^2 and sab are means, variances and covariance under an 11x11 Gaussian of standard deviation
-1.5, taken only where that window lies inside the frame; C1 = (.01 * 255)^2, C2 = (.03 * 255)^2.
-RGB values are averaged over the channels; with y_channel both are computed on luma alone: all as
-BasicSR does. LPIPS is the distance that the `lpips` package defines, in AlexNet's features. tOF is
-the mean distance between the optical flow of two originals and that of their enlargements.
+1.5, only where that window lies inside the frame; C1 = (.01 * 255)^2, C2 = (.03 * 255)^2. RGB
+values are averaged over the channels; with y_channel both use luma only, as in BasicSR. LPIPS is
+version 0.1 on AlexNet, from the `lpips` package. Two metrics of steadiness compare neighboring
+frames: tOF is the mean distance between the optical flow of the originals and that of the enlarged
+frames; the warping error is what remains between two enlarged frames after the flow of their
+originals is compensated.
 """
 
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -23,9 +24,10 @@ from torch import Tensor
 PEAK = 255
 SSIM_WINDOW = 11
 LPIPS_SMALLEST = 31  # pixels a side that AlexNet's two poolings need
-FLOW_SMALLEST = 64  # pixels a side: the pyramid of the half-size frames needs some
-# what torchvision's fake implementations attach to, even where its library cannot be loaded
-NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+FLOW_SMALLEST = 64  # pixels a side that the pyramid of the half-size frames needs
+FLOW_RADIUS = 7  # of the flow that `warping_error` compensates, in pixels
+AGREEMENT = 0.03  # of white: where warped originals differ more, the flow is wrong or occluded
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 class BackboneError(ValueError):
@@ -33,7 +35,7 @@ class BackboneError(ValueError):
 
 
 class LPIPSUnavailable(Exception):
-    """Its package or AlexNet's weights are out of reach; the message says how to get them."""
+    """The package or AlexNet's weights cannot be had; the message says how to get them."""
 
 
 def rgb_to_y(rgb: np.ndarray) -> np.ndarray:
@@ -73,8 +75,7 @@ def ssim(a: np.ndarray, b: np.ndarray, *, y_channel: bool = False, crop_border: 
         y_channel: compare luma only.
         crop_border: pixels to leave out on each side.
     """
-    # slow to import, and only an evaluation needs it
-    from skimage.metrics import structural_similarity
+    from skimage.metrics import structural_similarity  # slow to import
 
     a, b = _comparable(a, b, y_channel, crop_border, smallest=SSIM_WINDOW)
     value = structural_similarity(
@@ -86,40 +87,38 @@ def ssim(a: np.ndarray, b: np.ndarray, *, y_channel: bool = False, crop_border: 
         data_range=PEAK,
         channel_axis=None if y_channel else -1,
     )
-    return float(cast("float", value))  # not a tuple: no map or gradient was asked for
+    return float(cast("float", value))  # a tuple only with a map or gradient
 
 
 class LPIPS:
     """Learned perceptual distance of two frames, version 0.1 on AlexNet; 0 for identical frames.
 
     Args:
-        backbone: a .safetensors file of the features.* tensors of torchvision's AlexNet. None is
-            the file that torchvision keeps in torch's hub folder, fetched (233 MB) if it must be.
+        backbone: a .safetensors file with the features.* tensors of torchvision's AlexNet. None
+            takes the file in torch's hub folder, which is downloaded (233 MB) on first use.
 
     Raises:
-        LPIPSUnavailable: the package is not installed, or None was given and the file is not
-            there and cannot be fetched.
+        LPIPSUnavailable: the package is not installed, or the weights cannot be downloaded.
         BackboneError: backbone is not such a file.
     """
 
     def __init__(self, backbone: Path | None = None):
-        _declare_torchvision_operators()
-        try:
-            import lpips  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError as error:
-            raise LPIPSUnavailable(
-                f"LPIPS needs the package lpips ({error}); run: pip install lpips"
-            ) from error
-
+        lpips = _import_lpips()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated")
             warnings.filterwarnings("ignore", "Arguments other than a weight enum")
             self.net = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-        state = _fetched_alexnet() if backbone is None else _read_alexnet(backbone)
-        for part in self.net.net.children():
-            for index, layer in part.named_children():
-                for name, parameter in layer.named_parameters():
-                    _fill(parameter, state, f"features.{index}.{name}", backbone)
+        state = _download_alexnet() if backbone is None else _read_alexnet(backbone)
+        features = self.net.net
+        try:  # slice2.3.weight is features.3.weight
+            names = {name: f"features.{name.partition('.')[2]}" for name in features.state_dict()}
+            features.load_state_dict({name: state[source] for name, source in names.items()})
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise BackboneError(
+                f"{backbone or ALEXNET} must hold the features.* of torchvision's AlexNet, "
+                f"got: {reason}; pass another --lpips-backbone"
+            ) from error
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray, *, crop_border: int = 0) -> float:
@@ -137,38 +136,33 @@ class LPIPS:
         return float(self.net(a_unit, b_unit))
 
 
-def _declare_torchvision_operators() -> None:
-    """Let torchvision be imported where its compiled library does not fit this build of torch.
-
-    PyPI's torchvision is built for CUDA; beside a CPU build of torch its library does not load, and
-    its import stops at two operators that nothing declared. AlexNet needs neither.
-    """
-    spec = find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return  # importing it will say so
-    library = next(Path(spec.origin).parent.glob("_C.*"), None)
-    if library is None or hasattr(torch.ops.torchvision, "nms"):
-        return
+def _import_lpips():
     try:
-        torch.ops.load_library(library)
-    except OSError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", NMS)
+        try:
+            import lpips  # pyright: ignore[reportMissingImports]
+        except RuntimeError:
+            # PyPI's torchvision is a CUDA build: next to a CPU build of torch its library does not
+            # load, and its import needs these operators, which AlexNet does not use, to exist
+            for name in ("nms", "qnms"):
+                torch.library.define(f"torchvision::{name}", "() -> ()")
+            import lpips  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise LPIPSUnavailable(
+            f"LPIPS needs the package lpips ({error}); run: pip install lpips"
+        ) from error
+    return lpips
 
 
-def _fetched_alexnet() -> dict[str, Tensor]:
-    from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
-
-    url = AlexNet_Weights.IMAGENET1K_V1.url
+def _download_alexnet() -> dict[str, Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(
-            url, progress=False, map_location="cpu", check_hash=True, weights_only=True
+            ALEXNET, progress=False, map_location="cpu", check_hash=True, weights_only=True
         )
     except OSError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise LPIPSUnavailable(
-            f"LPIPS needs AlexNet's weights, and fetching them failed ({error}); "
-            f"put {url} into {folder}, or pass --lpips-backbone FILE.safetensors"
+            f"LPIPS needs AlexNet's weights, and the download failed ({error}); "
+            f"put {ALEXNET} into {folder}, or pass --lpips-backbone FILE.safetensors"
         ) from error
 
 
@@ -184,16 +178,6 @@ def _read_alexnet(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-@torch.no_grad()
-def _fill(parameter: Tensor, state: dict[str, Tensor], name: str, source: Path | None) -> None:
-    if name not in state or state[name].shape != parameter.shape:
-        got = list(state[name].shape) if name in state else "no such tensor"
-        raise BackboneError(
-            f"{source} must hold torchvision's AlexNet, {name} {list(parameter.shape)}, got {got}"
-        )
-    parameter.copy_(state[name])
-
-
 def flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Optical flow from one frame to the next by iterative Lucas-Kanade, at half the resolution.
 
@@ -201,10 +185,9 @@ def flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b: [H, W, 3] uint8 RGB.
 
     Returns:
-        [2, H // 2, W // 2] float32: (dy, dx) in pixels of the whole resolution.
+        [2, H // 2, W // 2] float32: (dy, dx) in pixels of the full resolution.
     """
-    # slow to import, and only an evaluation needs it
-    from skimage.registration import optical_flow_ilk
+    from skimage.registration import optical_flow_ilk  # slow to import
 
     a, b = (_half_luma(x) for x in _comparable(a, b, True, 0, smallest=FLOW_SMALLEST))
     return 2 * optical_flow_ilk(a, b, dtype=np.float32)
@@ -218,13 +201,52 @@ def _half_luma(y: np.ndarray) -> np.ndarray:
 
 
 def tof(enlarged: np.ndarray, originals: np.ndarray) -> float:
-    """Temporal consistency: mean distance in pixels between two flows from `flow`, 0 if equal.
+    """Mean distance in pixels between two flows from `flow`; 0 if they are equal.
 
     Args:
         enlarged, originals: [2, h, w], the flow between two enlarged frames and between their
             originals.
     """
     return float(np.linalg.norm(enlarged - originals, axis=0).mean())
+
+
+def warping_error(
+    enlarged: tuple[np.ndarray, np.ndarray], originals: tuple[np.ndarray, np.ndarray]
+) -> float | None:
+    """How much two neighboring enlarged frames differ once the motion is compensated.
+
+    The dense flow from original t+1 to original t (iterative Lucas-Kanade, radius 7) moves frame t
+    onto frame t+1. Only pixels count where the moved original agrees with the original within .03
+    of white: elsewhere the flow is wrong or the scene is occluded.
+
+    Args:
+        enlarged, originals: frames t and t+1, [H, W, 3] uint8 RGB each.
+
+    Returns:
+        Mean absolute difference in steps of 8 bits; None if the originals agree nowhere.
+    """
+    from skimage.registration import optical_flow_ilk  # slow to import
+    from skimage.transform import warp
+
+    _comparable(*enlarged, False, 0, smallest=FLOW_SMALLEST)
+    before, after = (x.astype(np.float32) / PEAK for x in originals)
+    luma_before, luma_after = (x @ np.array([0.299, 0.587, 0.114], np.float32) for x in originals)
+    dy, dx = optical_flow_ilk(
+        luma_after / PEAK, luma_before / PEAK, radius=FLOW_RADIUS, dtype=np.float32
+    )
+    y, x = np.indices(dy.shape, dtype=np.float32)
+
+    def moved(frame: np.ndarray) -> np.ndarray:
+        channels = [
+            warp(frame[..., c], np.stack([y + dy, x + dx]), order=1, mode="edge") for c in range(3)
+        ]
+        return np.stack(channels, axis=-1)
+
+    agree = np.abs(moved(before) - after).mean(axis=-1) < AGREEMENT
+    if not agree.any():
+        return None
+    first, second = (x.astype(np.float32) for x in enlarged)
+    return float(np.abs(moved(first) - second)[agree].mean())
 
 
 def _comparable(

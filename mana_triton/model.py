@@ -5,7 +5,7 @@ bank (section 3.3); a deep decoder turns that into detail. Names map to the pape
 frame), k = theta(frames), v = g(frames), y = memory output, z = what the decoder sees.
 
 `MANA.forward` enlarges the center frame of a window. Its four steps, `encode`, `fuse`, `decode`
-and the bilinear `skip`, are public so that a stream encodes every frame once and decodes by tiles.
+and the bilinear `skip`, are public: a stream encodes every frame once and decodes tile by tile.
 """
 
 import math
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mana_triton.attention import GAUSSIANS, cross_frame_attention, memory_attention, memory_loss
 from mana_triton.resize import SCALE
 
-NORM_PIXELS = 1 << 15  # that are summed at once
 MATCHES = ("dot", "cosine")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NORM_PIXELS = 1 << 15  # summed at once
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class MANAConfig:
     decoder_blocks: int = 40
     memory_slots: int = 512  # N; 0 leaves the memory branch out
     frames: int = 7  # T
-    gaussian: str = "bias"  # or "gate", the official code's form
-    match: str = "dot"  # or "cosine": normalized q and k, learned temperature
+    gaussian: str = "bias"  # or "gate", the form of the official code
+    match: str = "dot"  # or "cosine": QK norm with a learned temperature
     offsets: bool = False  # W_z also sees each frame's expected displacement
-    sigma: float = 4.0  # where the learned width of the Gaussian starts, in low-resolution pixels
+    sigma: float = 4.0  # initial width of the Gaussian, in low-resolution pixels; inf: none
     logit_scale: float | None = None  # of dot matching; None is 1 / sqrt(D)
 
     def __post_init__(self):
@@ -49,7 +50,11 @@ class MANAConfig:
 
     @classmethod
     def preset(cls, name: str) -> "MANAConfig":
-        """One of the named configurations; ValueError lists them."""
+        """A named configuration.
+
+        Raises:
+            ValueError: there is no such name; the message lists them.
+        """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
@@ -70,9 +75,9 @@ PRESETS = {
 
 
 class Features(NamedTuple):
-    """What a stream keeps of N encoded frames."""
+    """Features of N encoded frames."""
 
-    f: Tensor  # [N, C, H, W] encoder features
+    f: Tensor  # [N, C, H, W] of the encoder
     k: Tensor  # [N, H, W, D]
     v: Tensor  # [N, H, W, D]
     scale: Tensor  # [N, C] of GroupNorm, see `MANA.normalization`
@@ -86,14 +91,14 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        # deep stacks start near the identity
+        # a deep stack starts near the identity
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2.weight)
         with torch.no_grad():
             self.conv2.weight.mul_(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: fresh memory costs a CPU more than the arithmetic
+        # in place: on a CPU new memory costs more than the arithmetic
         return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x)
 
 
@@ -113,14 +118,12 @@ class MANA(nn.Module):
         c, d, t = config.channels, config.channels // 2, config.frames
         values = d + 2 if config.offsets else d
         self.config = config
-        self.backend = "auto"  # of the attentions
-        self.tolerance: float | None = None  # of the cross-frame attention
         self.conv_first = nn.Conv2d(3, c, 3, padding=1)
         self.encoder = nn.Sequential(*(ResidualBlock(c) for _ in range(config.encoder_blocks)))
         self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
         self.phi, self.theta, self.g = (nn.Conv2d(c, d, 1) for _ in range(3))
         self.w_z = _zero_projection(t * values, c)
-        # plain attention, sigma = infinity, has no width to learn
+        # with sigma = infinity, plain attention, there is no width to learn
         wide = math.isinf(config.sigma)
         self.sigma = nn.Parameter(torch.tensor(float(config.sigma)), requires_grad=not wide)
         if config.match == "cosine":
@@ -148,19 +151,25 @@ class MANA(nn.Module):
         """Pixels of z on each side that an output pixel of `decode` depends on."""
         return 2 * self.config.decoder_blocks + 3
 
-    @property
-    def encoder_reach(self) -> int:
-        """Pixels of a frame on each side that a pixel of `extract` depends on."""
-        return 2 * self.config.encoder_blocks + 1
-
     def memory_parameters(self) -> list[nn.Parameter]:
-        """The memory branch, what stage 2 of the training is about (section 3.4)."""
+        """Parameters of the memory branch, which training stage 2 learns (section 3.4)."""
         return [self.memory, *self.w_z1.parameters()] if self.config.memory_slots else []
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Enlarge the center frame: frames [B, T, 3, H, W] in [0, 1] -> [B, 3, 4H, 4W].
+    def forward(
+        self, frames: Tensor, *, backend: str = "auto", tolerance: float | None = None
+    ) -> Tensor:
+        """Enlarge the center frame of each window.
 
-        The result is not clamped.
+        Args:
+            frames: [B, T, 3, H, W] in [0, 1].
+            backend: of both attentions, see `cross_frame_attention`.
+            tolerance: of the cross-frame attention, see there.
+
+        Returns:
+            [B, 3, 4H, 4W], not clamped.
+
+        Raises:
+            ValueError: another number of frames than the model's T.
         """
         b, t = frames.shape[:2]
         if t != self.config.frames:
@@ -168,15 +177,16 @@ class MANA(nn.Module):
         encoded = self.encode(rearrange(frames, "b t c h w -> (b t) c h w"))
         f, k, v, scale, shift = (rearrange(x, "(b t) ... -> b t ...", b=b) for x in encoded)
         f, scale, shift = (x[:, t // 2] for x in (f, scale, shift))
-        z = self.fuse(f, self.queries(f, scale, shift), k, v)
+        q = self.queries(f, scale, shift)
+        z = self.fuse(f, q, k, v, backend=backend, tolerance=tolerance)
         return self.decode(z) + self.skip(frames[:, t // 2])
 
-    def memory_loss(self, frames: Tensor) -> Tensor:
+    def memory_loss(self, frames: Tensor, *, backend: str = "auto") -> Tensor:
         """Stage 2's loss |y - q|_1 on the center frame of frames [B, T, 3, H, W]."""
         center = frames[:, self.config.frames // 2]
         f = self.extract(center)
         q = self.queries(f, *self.normalization(f))
-        return memory_loss(q, self.memory.to(q.dtype), backend=self.backend)
+        return memory_loss(q, self.memory.to(q.dtype), backend=backend)
 
     def encode(self, frames: Tensor) -> Features:
         """Features of single frames [N, 3, H, W] in [0, 1]."""
@@ -189,14 +199,17 @@ class MANA(nn.Module):
         return self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
 
     def normalization(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """GroupNorm of single frames as numbers that features are multiplied by, and added to.
+        """GroupNorm of single frames as a scale and a shift of each channel.
 
-        f: [N, C, H, W] -> scale, shift [N, C], in float32 at least.
+        Args:
+            f: [N, C, H, W] features of whole frames.
+
+        Returns:
+            scale, shift [N, C], in float32 or wider.
         """
         groups, work = self.norm.num_groups, torch.promote_types(f.dtype, torch.float32)
         pixels = rearrange(f, "n c h w -> n (h w) c")
-        # part by part, for the caches' sake, and of single channels first: sums over memory as it
-        # lies are ten times faster on a CPU
+        # channel sums first, part by part: in memory order they are ten times faster on a CPU
         parts = pixels.split(NORM_PIXELS, 1)
         sums = torch.stack([x.sum(1, keepdim=True, dtype=work) for x in parts]).sum(0)
         mean = sums / pixels.shape[1]
@@ -206,22 +219,17 @@ class MANA(nn.Module):
         square = rearrange(square, "n (g c) -> n g c", g=groups)
         center = mean.mean(2, keepdim=True)
         variance = (square + (mean - center).square()).mean(2, keepdim=True)
-        return self.affine(center[..., 0], variance[..., 0])
-
-    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift [N, C] of GroupNorm from the groups' mean and variance [N, groups]."""
-        norm = self.norm
-        each = norm.num_channels // norm.num_groups
-        deviation = (variance + norm.eps).sqrt()
-        mean, deviation = (x.repeat_interleave(each, 1) for x in (mean, deviation))
-        scale = norm.weight / deviation
-        return scale, norm.bias - mean * scale
+        deviation = (variance + self.norm.eps).sqrt()
+        each = self.norm.num_channels // groups
+        mean, deviation = (x[..., 0].repeat_interleave(each, 1) for x in (center, deviation))
+        scale = self.norm.weight / deviation
+        return scale, self.norm.bias - mean * scale
 
     def keys_values(self, f: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, of length one for cosine matching, and values of features, normalized on the way.
+        """Keys, of length one with cosine matching, and values.
 
         Args:
-            f: [N, C, h, W] rows of features.
+            f: [N, C, h, W] rows of features, not normalized.
             scale, shift: [N, C] the normalization of the whole frames.
 
         Returns:
@@ -231,7 +239,7 @@ class MANA(nn.Module):
         return F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
 
     def queries(self, f: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Queries [N, h, W, D], as the memory sees them; arguments as of `keys_values`."""
+        """Queries [N, h, W, D], not of length one; arguments as of `keys_values`."""
         return self._projected(f, scale, shift, self.phi)[0]
 
     def _projected(
@@ -255,6 +263,9 @@ class MANA(nn.Module):
         v: Tensor,
         first_row: int = 0,
         order: list[int] | None = None,
+        *,
+        backend: str = "auto",
+        tolerance: float | None = None,
     ) -> Tensor:
         """What the decoder sees: z = F + W_z(concat_t x_t) + W_z1(y).
 
@@ -263,7 +274,8 @@ class MANA(nn.Module):
             q: [B, h, W, D] its queries, the same rows.
             k, v: [B, S, H, W, D] keys and values of the frames of the window.
             first_row: see f; the whole frame when 0 and h = H.
-            order: which of the S frames stands at each of the T places; None when S = T.
+            order: index of the frame at each of the T places of the window; None when S = T.
+            backend, tolerance: as of `forward`.
 
         Returns:
             [B, C, h, W].
@@ -277,13 +289,13 @@ class MANA(nn.Module):
             self.sigma,
             gaussian=config.gaussian,
             scale=self.scale,
-            tolerance=self.tolerance,
+            tolerance=tolerance,
             offsets=config.offsets,
-            backend=self.backend,
+            backend=backend,
             first_row=first_row,
         )
         x, displacement = attended if config.offsets else (attended, None)
-        return self.combine(f, q, x, displacement, order)
+        return self.combine(f, q, x, displacement, order, backend=backend)
 
     def combine(
         self,
@@ -292,15 +304,17 @@ class MANA(nn.Module):
         x: Tensor,
         displacement: Tensor | None,
         order: list[int] | None = None,
+        *,
+        backend: str = "auto",
     ) -> Tensor:
-        """`fuse` from what the S frames answered: x [B, S, h, W, D] and [B, S, h, W, 2], if any."""
+        """`fuse` from the attention's x [B, S, h, W, D] and displacement [B, S, h, W, 2]."""
         if displacement is not None:
             x = torch.cat([x, displacement.to(x.dtype)], -1)
         if order is not None:
             x = x[:, order]
         z = f + self.w_z(rearrange(x, "b t h w d -> b (t d) h w"))
         if self.config.memory_slots:
-            y = memory_attention(q, self.memory.to(q.dtype), backend=self.backend)
+            y = memory_attention(q, self.memory.to(q.dtype), backend=backend)
             z = z + self.w_z1(rearrange(y, "b h w d -> b d h w"))
         return z
 

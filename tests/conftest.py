@@ -5,10 +5,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def float32_on_every_processor(monkeypatch):
-    """What is chosen by itself is the same wherever the tests run."""
+def float32_on_every_cpu(monkeypatch):
+    """The automatic precision is the same wherever the tests run."""
     float32 = "fp32", "the fastest here"
-    monkeypatch.setattr("mana_triton.engine.upscaler.fastest_on_a_processor", lambda: float32)
+    monkeypatch.setattr("mana_triton.engine.device.fastest_on_cpu", lambda: float32)
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def one_thread():
 
 @pytest.fixture
 def poisoned():
-    """Uninitialized memory holds NaN: an element that a kernel forgets shows."""
+    """Uninitialized memory holds NaN: an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     yield

@@ -1,42 +1,40 @@
+# ruff: noqa: RUF009  (`flag` makes a field)
 """PSNR against motion: neighbor frames shifted by 0 to 40 pixels, the paper's claim tested.
 
     python eval/studies/motion.py --clips DATA/val --weights tiny=tiny none=B.safetensors
 
-cuts windows out of pictures (--stills) or of evenly spaced frames of clips: the six neighbors are
-the same scene shifted by a number of original pixels, each in another of six directions, by real
-content and not by warping. At 0 the neighbors are copies; beyond it they add samples between the
-pixels, for a network that finds them. Each network is also fed neighbors that optical flow (TV-L1
+cuts windows out of pictures (--stills) or of evenly spaced frames of clips. The six neighbors show
+the same scene shifted by a number of original pixels, each in another of six directions, with real
+content and no warping. At shift 0 the neighbors are copies; otherwise they add samples between the
+pixels, for a network that finds them. Each network is also given neighbors that optical flow (TV-L1
 of scikit-image, on the low-resolution frames) has warped onto the center frame, and the center
 frame seven times. The border that some shift leaves is never scored. The last line of stdout is one
 JSON object.
 """
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 
-from eval.datasets import write_atomically
-from mana_triton import checkpoint
 from mana_triton.checkpoint import CheckpointError
+from mana_triton.engine.upscaler import EngineOptions, Upscaler
+from mana_triton.files import write_atomically
 from mana_triton.metrics import psnr, rgb_to_y
 from mana_triton.resize import SCALE, upscale_bicubic
-from mana_triton.training.clips import (
-    WINDOW,
-    DataError,
-    degrade,
-    open_clips,
-)
+from mana_triton.training.clips import WINDOW, DataError, open_clips
+from mana_triton.training.degradation import degrade
+from mana_triton.training.options import flag, parse_options
 
 SHIFTS = (0, 2, 4, 8, 12, 16, 24, 32, 40)  # original pixels
 CENTER = WINDOW // 2
@@ -44,11 +42,35 @@ ALONE, ALIGNED = ", center alone", ", aligned by flow"  # after a network's name
 LINES = {ALONE: ":", ALIGNED: "--"}  # of the plot
 
 
+@dataclass(frozen=True)
+class MotionOptions:
+    """Which networks are tested, on what."""
+
+    weights: tuple[str, ...] = flag((), "networks as NAME=FILE or FILE")
+    stills: tuple[Path, ...] = flag((), "pictures")
+    clips: tuple[Path, ...] = flag((), "videos or folders of frames, instead of pictures")
+    pictures: int = flag(20, "how many of them, at most")
+    size: int = flag(192, "original pixels of a window's side")
+    border: int = flag(40, "pixels that are not scored, at least the largest shift")
+    seed: int = flag(0, "of places and directions")
+    no_flow: bool = flag(False, "leave out the alignment by flow, which is slow")
+    cache: Path = flag(Path("cache/motion"), "decoded pictures")
+    plot: Path | None = flag(None, "SVG of the curves; needs matplotlib")
+
+    def __post_init__(self):
+        if not self.weights or bool(self.stills) == bool(self.clips):
+            raise ValueError("pass --weights, and one of --stills and --clips")
+        if self.size % SCALE or self.size <= 2 * self.border or self.pictures < 1:
+            raise ValueError(
+                "--size must be a multiple of 4 above twice --border, --pictures at least 1"
+            )
+
+
 def window(picture: np.ndarray, shift: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Seven crops [7, size, size, 3] of a picture; the neighbors' lie `shift` pixels away.
 
-    The six directions are evenly spread and begin anywhere; the center crop does not depend on
-    the shift.
+    The six directions are evenly spread from a random one; the center crop does not depend on the
+    shift.
     """
     H, W, _ = picture.shape
     most = max(SHIFTS)
@@ -78,18 +100,18 @@ def aligned(lr: np.ndarray) -> np.ndarray:
     return result
 
 
-def pictures(args: argparse.Namespace) -> list[np.ndarray]:
-    """What windows are cut out of [H, W, 3]; of each clip as many frames."""
-    needed = args.size + 2 * max(SHIFTS)
-    kind = "still" if args.stills else "clip"
-    clips = open_clips(args.stills or args.clips, args.cache, kind=kind)
-    usable = [clip for clip in clips if min(clip.shape[1:3]) >= needed][: args.pictures]
+def pictures(options: MotionOptions) -> list[np.ndarray]:
+    """The pictures [H, W, 3] that windows are cut from; the same number from each clip."""
+    needed = options.size + 2 * max(SHIFTS)
+    kind = "still" if options.stills else "clip"
+    clips = open_clips(options.stills or options.clips, options.cache, kind=kind)
+    usable = [clip for clip in clips if min(clip.shape[1:3]) >= needed][: options.pictures]
     if not usable:
         raise DataError(
             f"pictures must have at least {needed} pixels each way, none of {len(clips)} has; "
             "lower --size"
         )
-    each = args.pictures // len(usable)
+    each = options.pictures // len(usable)
     return [
         clip.frames[index]
         for clip in usable
@@ -98,43 +120,39 @@ def pictures(args: argparse.Namespace) -> list[np.ndarray]:
     ]
 
 
-def windows(frames: list[np.ndarray], args: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
-    """(shift, frames [7, size, size, 3]) of every picture; one place for all shifts."""
+def windows(frames: list[np.ndarray], options: MotionOptions) -> Iterator[tuple[int, np.ndarray]]:
+    """(shift, frames [7, size, size, 3]) of every picture; all shifts at one place."""
     for number, frame in enumerate(frames):
         for shift in SHIFTS:
-            rng = np.random.Generator(np.random.Philox(seed=[args.seed, number]))
-            yield shift, window(frame, shift, args.size, rng)
+            rng = np.random.Generator(np.random.Philox(seed=[options.seed, number]))
+            yield shift, window(frame, shift, options.size, rng)
 
 
-def network(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Function of low-resolution frames [7, h, w, 3] to [4h, 4w, 3], both uint8."""
-    model = checkpoint.load(path)
-
-    @torch.no_grad()
-    def enlarge(lr: np.ndarray) -> np.ndarray:
-        frames = rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").float() / 255
-        x = model(frames)[0].mul(255).round().clamp(0, 255).byte()
-        return rearrange(x, "c h w -> h w c").numpy()
-
-    return enlarge
+def network(weights: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of low-resolution frames [7, h, w, 3] that returns [4h, 4w, 3], both uint8."""
+    upscaler = Upscaler(weights, EngineOptions("cpu", "fp32", scene_cuts=False))
+    return lambda lr: next(upscaler.stream(lr, skip=CENTER)).picture
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(options: MotionOptions) -> list[dict]:
     """One row per method: mean PSNR in dB for each shift, over the pictures."""
-    frames = pictures(args)
-    networks = {name: network(path) for name, path in args.weights.items()}
+    frames = pictures(options)
+    networks = {}
+    for text in options.weights:
+        name, _, weights = text.rpartition("=")
+        networks[name or Path(weights).stem] = network(weights)
     scores: dict[str, dict[int, list[float]]] = {}
-    for shift, hr in windows(frames, args):
+    for shift, hr in windows(frames, options):
         lr = degrade(torch.from_numpy(hr)).numpy()
         given = {"": lr, ALONE: np.repeat(lr[CENTER : CENTER + 1], WINDOW, 0)}
-        if not args.no_flow:
+        if not options.no_flow:
             given[ALIGNED] = aligned(lr)
         results = {"bicubic": upscale_bicubic(torch.from_numpy(lr[CENTER].copy())).numpy()}
         for name, enlarge in networks.items():
             results |= {f"{name}{suffix}": enlarge(x) for suffix, x in given.items()}
         for name, result in results.items():
             row = scores.setdefault(name, {shift: [] for shift in SHIFTS})
-            row[shift].append(psnr(result, hr[CENTER], crop_border=args.border))
+            row[shift].append(psnr(result, hr[CENTER], crop_border=options.border))
     return [
         {"method": name, "pictures": len(frames)}
         | {"psnr_db": {str(shift): float(np.mean(values)) for shift, values in row.items()}}
@@ -151,8 +169,6 @@ def show(rows: list[dict]) -> None:
 
 def plot(rows: list[dict]) -> bytes:
     """PSNR against the shift, as SVG."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -172,46 +188,18 @@ def plot(rows: list[dict]) -> bytes:
     return content.getvalue()
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.rpartition("=")
-    return name or Path(path).stem, Path(path)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; wrong usage exits with code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--stills", type=Path, nargs="+", metavar="PATH", help="pictures")
-    source.add_argument("--clips", type=Path, nargs="+", metavar="PATH", help="videos, or frames")
-    add("--weights", type=_named, nargs="+", required=True, metavar="NAME=FILE", help="networks")
-    add("--pictures", type=int, default=20, help="how many of them, at most (20)")
-    add("--size", type=int, default=192, help="original pixels of a window's side (192)")
-    add("--border", type=int, default=40, help="pixels that are not scored (40, the largest shift)")
-    add("--seed", type=int, default=0, help="of places and directions (0)")
-    add("--no-flow", action="store_true", help="leave out the alignment by flow, which is slow")
-    add("--cache", type=Path, default=Path("cache/motion"), help="decoded pictures (cache/motion)")
-    add("--plot", type=Path, help="SVG of the curves; needs matplotlib")
-    args = parser.parse_args(argv)
-    if args.size % SCALE or args.size <= 2 * args.border or args.pictures < 1:
-        parser.error("--size must be a multiple of 4 above twice --border, --pictures at least 1")
-    args.weights = dict(args.weights)
-    return args
-
-
 def main() -> None:
     """Command line."""
-    args = parse_args()
+    options = parse_options(MotionOptions, "python eval/studies/motion.py", __doc__, None)
     try:
-        rows = measure(args)
-        if args.plot:
-            write_atomically(args.plot, plot(rows))
+        rows = measure(options)
+        if options.plot:
+            write_atomically(options.plot, plot(rows))
     except (DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     show(rows)
-    print(json.dumps({"rows": rows, "size": args.size, "border": args.border, "seed": args.seed}))
+    about = {"size": options.size, "border": options.border, "seed": options.seed}
+    print(json.dumps({"rows": rows} | about))
 
 
 if __name__ == "__main__":

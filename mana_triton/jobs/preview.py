@@ -1,6 +1,7 @@
-"""One frame beside its bicubic enlargement, with the most detailed places zoomed, as a PNG."""
+"""One frame as a PNG, before hours of work: bicubic, ours, and the most detailed places zoomed."""
 
 import sys
+import time
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -11,37 +12,89 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mana_triton.engine.upscaler import Upscaler
-from mana_triton.jobs.resume import Trail
+from mana_triton.files import sync, write_atomically
+from mana_triton.jobs import job
+from mana_triton.jobs.options import JobOptions
+from mana_triton.jobs.resume import Tracked, track_scenes
 from mana_triton.resize import SCALE, upscale_bicubic
 from mana_triton.video.color import with_bits
-from mana_triton.video.frame import MediaError, explained, hidden, sync
+from mana_triton.video.frame import MediaError, explained
 from mana_triton.video.reader import Reader
 
 CROPS = 3
-ZOOMED = 220  # pixels that a zoomed crop measures at least
+ZOOMED = 220  # pixels; the least width of a zoomed crop
 GAP, TEXT = 8, 20  # pixels between pictures, and for the labels above them
-COLORS = ("#ff4040", "#40c040", "#4080ff")  # of the crops' frames
+COLORS = ("#ff4040", "#40c040", "#4080ff")  # of the crops' outlines
+
+
+def default_path(output: Path, number: int) -> Path:
+    """Where the preview of a job lies that would write `output`."""
+    return output.with_name(f"{output.stem}_preview_{number}.png")
+
+
+def write_preview(
+    source: Path, output: Path, upscaler: Upscaler, options: JobOptions
+) -> dict[str, Any]:
+    """Write one frame as the whole job would show it; returns the summary.
+
+    Raises:
+        MediaError: there is no such frame, or the PNG cannot be written.
+    """
+    started, number = time.perf_counter(), options.preview or 0
+    with job.open_input(source, options) as reader:
+        _check_output(output, reader, options.overwrite)
+        plan = job.make_plan(source, reader, upscaler)
+        picture = sheet(*enlarged_frame(reader, upscaler, number))
+        job.show_notes(reader.notes)
+        with explained(output, "write"):
+            write_atomically(output, lambda part: (picture.save(part), sync(part)))
+        job.say(f"{source} frame {number} -> {output}")
+        size = {"width": SCALE * reader.width, "height": SCALE * reader.height}
+    seconds = time.perf_counter() - started
+    return {
+        "output": str(output), "frames": 1, **size, "seconds": round(seconds, 3),
+        "ms_per_frame": round(1000 * seconds, 2), **job.division(plan),
+    }  # fmt: skip
+
+
+def _check_output(output: Path, reader: Reader, overwrite: bool) -> None:
+    if output.suffix.lower() != ".png":
+        raise MediaError(f"{output}: must end in .png, as --preview writes one picture")
+    with explained(output, "write"):
+        is_link, exists = output.is_symlink(), output.exists()
+    if is_link:
+        raise MediaError(f"{output}: is a symbolic link; give the file's own name")
+    if exists and any(map(output.samefile, reader.files)):
+        raise MediaError(f"{output}: is the input itself; choose another output")
+    if exists and not overwrite:
+        raise MediaError(f"{output}: exists; use --overwrite or choose another output")
 
 
 def enlarged_frame(reader: Reader, upscaler: Upscaler, number: int) -> tuple[np.ndarray, Any]:
-    """Frame `number` (from 0) of the reader, and what a run over all frames makes of it.
+    """Frame `number` (from 0) of the reader, and what a job over all frames makes of it.
 
     Raises:
         MediaError: there are not that many frames.
     """
-    trail = Trail(upscaler.reach)
-    window: deque[tuple[np.ndarray, bool]] = deque(maxlen=2 * upscaler.reach + 1)
-    for frame in islice(iter(reader), min(number + upscaler.reach + 1, sys.maxsize)):
-        window.append((frame.rgb, trail.see(frame)[0]))
-    if trail.number <= number:
+    radius = upscaler.window_radius
+    last = min(number + radius + 1, sys.maxsize)
+    window: deque[Tracked] = deque(maxlen=2 * radius + 1)
+    window.extend(track_scenes(islice(iter(reader), last), radius))
+    total = window[-1].point.number if window else 0
+    if total <= number:
         raise MediaError(
-            f"{reader.path}: has {trail.number} frames, numbered from 0; there is no {number}"
+            f"{reader.path}: has {total} frames, numbered from 0; there is no {number}"
         )
-    first = trail.number - len(window)
-    cuts = deque(cut for _, cut in window)
-    pictures = [rgb for rgb, _ in window]
-    results = upscaler.stream(pictures, first=first, is_cut=lambda _: cuts.popleft())
-    return pictures[number - first], next(islice(results, number - first, None))
+    first = total - len(window)
+    results = upscaler.stream(
+        window,
+        pixels=lambda source: source.frame.rgb,
+        is_cut=lambda source: source.is_cut,
+        start=first,
+        skip=number - first,
+    )
+    source, picture = next(iter(results))
+    return source.frame.rgb, picture
 
 
 def detailed(rgb: np.ndarray, side: int, count: int) -> list[tuple[int, int]]:
@@ -83,7 +136,7 @@ def sheet(lr: np.ndarray, enlarged: np.ndarray) -> Image.Image:
         draw.text((left, GAP), f"{label}, {image.width}x{image.height}", "white", font)
         canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
         ratio, below = width / lr.shape[1], top + height + GAP
-        draw.text((left, below), f"most detail, {SCALE}x, shown {zoom} times larger", "white", font)
+        draw.text((left, below), f"detail, {100 * zoom} %", "white", font)
         for i, ((y, x), color) in enumerate(zip(corners, COLORS, strict=False)):
             box = [left + x * ratio, top + y * ratio]
             draw.rectangle([*box, *(edge + side * ratio for edge in box)], outline=color, width=2)
@@ -92,15 +145,3 @@ def sheet(lr: np.ndarray, enlarged: np.ndarray) -> Image.Image:
             canvas.paste(crop.resize((square, square), Image.Resampling.NEAREST), place)
             draw.rectangle([*place, *(edge + square - 1 for edge in place)], outline=color, width=2)
     return canvas
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that has its name only when it is complete."""
-    part = hidden(path)
-    try:
-        with explained(path, "write"):
-            picture.save(part)
-            sync(part)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""Degradation as real video suffers it: blur, resampling, noise, and a lossy codec.
+"""Low-resolution frames: bicubic x1/4, or the degradations of real video.
 
-A recipe says what happens to a clip; it is drawn from the clip's name and a number alone. The
-low-resolution frames that come out are kept beside the decoded clips, so that training needs
-neither PyAV nor time for it. A still becomes seven frames by synthetic motion first.
+`degrade` shrinks by one of two bicubic methods. A recipe does what real video suffers: blur,
+resampling, noise, and a lossy codec. It is a function of the clip's name and a number alone. Its
+frames are cached next to the decoded clips, so that training needs neither PyAV nor time for them;
+a still becomes seven frames by synthetic motion first.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -24,33 +24,79 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mana_triton.resize import SCALE
+from mana_triton.resize import SCALE, matlab_bicubic
 from mana_triton.training.clips import (
-    WINDOW,
     Clip,
     DataError,
     decode_progress,
-    matlab_bicubic,
     open_frames,
     read_index,
-    still_frames,
     write_frames,
     write_index,
 )
+from mana_triton.training.motion import still_frames
 
 VARIANTS = 4  # recipes for each clip
 KERNELS = ("matlab_bicubic", "bilinear", "area")
 FPS = 25
-SMALLEST = 32  # pixels of a side that both codecs take
+# pixels of a side that a codec takes; in narrower pictures x265 writes beyond its buffers
+SMALLEST = {"libx264": 32, "libx265": 64}
+
+
+def pil_bicubic(hr: Tensor) -> Tensor:
+    """Shrink by 4 with Pillow's BICUBIC: [..., H, W, 3] uint8 -> [..., H/4, W/4, 3]."""
+    from PIL import Image
+
+    H, W = hr.shape[-3:-1]
+    size = (W // SCALE, H // SCALE)
+    frames = hr.reshape(-1, H, W, 3).numpy()
+    small = [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
+    lr = torch.from_numpy(np.stack([np.asarray(picture) for picture in small]))
+    return lr.reshape(*hr.shape[:-3], *lr.shape[1:])
+
+
+DEGRADATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "matlab_bicubic": matlab_bicubic,
+    "pil_bicubic": pil_bicubic,
+}
+
+
+def degrade(hr: Tensor, method: str = "matlab_bicubic") -> Tensor:
+    """Make low-resolution frames.
+
+    Args:
+        hr: [..., H, W, 3] uint8; H and W are multiples of 4.
+        method: "matlab_bicubic", or on the CPU "pil_bicubic".
+
+    Returns:
+        [..., H/4, W/4, 3] uint8.
+
+    Raises:
+        ValueError: another method, layout, type or size.
+    """
+    if method not in DEGRADATIONS:
+        raise ValueError(f"method must be one of {', '.join(DEGRADATIONS)}, got {method!r}")
+    if hr.dtype != torch.uint8 or hr.ndim < 3 or hr.shape[-1] != 3:
+        raise ValueError(f"hr must be [..., H, W, 3] uint8, got {list(hr.shape)} {hr.dtype}")
+    H, W = hr.shape[-3:-1]
+    if H % SCALE or W % SCALE or not H or not W:
+        raise ValueError(
+            f"height and width must be multiples of {SCALE}, got {H}x{W}; "
+            f"crop to {H // SCALE * SCALE}x{W // SCALE * SCALE}"
+        )
+    return DEGRADATIONS[method](hr)
+
+
+# ---- recipes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What happens to a clip, in this order."""
+    """What happens to a clip, in this order; the defaults are plain bicubic shrinking."""
 
-    top: int = 0  # HR pixels cut off, 0..3: where the grid of LR pixels lies
+    top: int = 0  # HR pixels cut off, 0..3: where the grid of LR pixels starts
     left: int = 0
-    blur: tuple[float, float, float] | None = None  # deviations along two axes, angle
+    blur: tuple[float, float, float] | None = None  # standard deviations along two axes, angle
     kernel: str = "matlab_bicubic"  # one of KERNELS, for x1/4
     noise: float = 0.0  # standard deviation, in steps of 8 bits
     gray: bool = False  # the same noise in all channels
@@ -64,7 +110,7 @@ VALIDATION = Recipe(codec="libx264", crf=28)
 
 
 def draw(name: str, variant: int) -> Recipe:
-    """The recipe with a number for the clip with a name, always the same."""
+    """The recipe of a clip by its name and the variant's number, always the same."""
     digest = hashlib.sha256(f"{name} {variant}".encode()).digest()
     seed = int.from_bytes(digest[:6], "little")
     rng = np.random.Generator(np.random.Philox(seed=seed))
@@ -80,16 +126,13 @@ def draw(name: str, variant: int) -> Recipe:
     return Recipe(top, left, blur, kernel, noise, gray, codec, crf, preset, seed)
 
 
-# ---- what a recipe does
-
-
 def degrade_clip(frames: Iterable[np.ndarray], recipe: Recipe) -> Iterator[np.ndarray]:
     """Low-resolution frames [h, w, 3] uint8 of the frames [H, W, 3] uint8 of a clip."""
-    small = _shrunk(frames, recipe)
+    small = _shrink(frames, recipe)
     return compress(small, recipe.codec, recipe.crf, recipe.preset) if recipe.codec else small
 
 
-def _shrunk(frames: Iterable[np.ndarray], recipe: Recipe) -> Iterator[np.ndarray]:
+def _shrink(frames: Iterable[np.ndarray], recipe: Recipe) -> Iterator[np.ndarray]:
     rng = np.random.Generator(np.random.Philox(seed=recipe.seed))
     blur = gaussian(*recipe.blur) if recipe.blur else None
     for frame in frames:
@@ -99,8 +142,8 @@ def _shrunk(frames: Iterable[np.ndarray], recipe: Recipe) -> Iterator[np.ndarray
             frame[recipe.top : recipe.top + H, recipe.left : recipe.left + W].copy()
         )
         if blur is not None:
-            hr = _blurred(hr, blur)
-        lr = matlab_bicubic(hr) if recipe.kernel == "matlab_bicubic" else _resampled(hr, recipe)
+            hr = _blur(hr, blur)
+        lr = matlab_bicubic(hr) if recipe.kernel == "matlab_bicubic" else _resample(hr, recipe)
         if recipe.noise:
             shape = (*lr.shape[:2], 1 if recipe.gray else 3)
             noise = torch.from_numpy(rng.normal(0, recipe.noise, shape))
@@ -109,29 +152,34 @@ def _shrunk(frames: Iterable[np.ndarray], recipe: Recipe) -> Iterator[np.ndarray
 
 
 def gaussian(first: float, second: float, angle: float) -> Tensor:
-    """An oriented Gaussian kernel [n, n] of sum 1; deviations in pixels, angle in radians."""
-    reach = math.ceil(3 * max(first, second))
-    axis = torch.arange(-reach, reach + 1).double()
+    """An oriented Gaussian kernel [n, n] of sum 1.
+
+    Args:
+        first, second: standard deviations along its axes, in pixels.
+        angle: of the first axis, in radians.
+    """
+    radius = math.ceil(3 * max(first, second))
+    axis = torch.arange(-radius, radius + 1).double()
     y, x = axis[:, None], axis[None, :]
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
     kernel = torch.exp(-(along / first).square() / 2 - (across / second).square() / 2)
-    # far below a step of 8 bits, and as subnormal float32 a hundred times slower
+    # far below a step of 8 bits; subnormal float32 would be a hundred times slower
     kernel[kernel < 1e-9] = 0
     return kernel / kernel.sum()
 
 
-def _blurred(frame: Tensor, kernel: Tensor) -> Tensor:
-    """[H, W, 3] uint8, mirrored at its edges."""
-    reach = kernel.shape[0] // 2
+def _blur(frame: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve [H, W, 3] uint8, mirrored at its edges."""
+    radius = kernel.shape[0] // 2
     x = rearrange(frame, "h w c -> c 1 h w").float()
-    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
+    x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     x = F.conv2d(x, kernel.float()[None, None])
     return rearrange(x, "c 1 h w -> h w c").round().clamp(0, 255).byte()
 
 
-def _resampled(frame: Tensor, recipe: Recipe) -> Tensor:
-    """[H, W, 3] uint8 by 1/4."""
+def _resample(frame: Tensor, recipe: Recipe) -> Tensor:
+    """Shrink [H, W, 3] uint8 by 4, area or bilinear."""
     x = rearrange(frame, "h w c -> 1 c h w").float()
     if recipe.kernel == "area":
         x = F.avg_pool2d(x, SCALE)
@@ -145,7 +193,7 @@ def compress(
 ) -> Iterator[np.ndarray]:
     """Encode frames [h, w, 3] uint8 as 4:2:0 video on one thread, and decode them again.
 
-    Pixels are added where a side is odd or below what the codecs take, and taken off again.
+    Frames whose sides are odd or too small for the codecs are padded, and cropped afterwards.
     """
     import av
 
@@ -162,7 +210,7 @@ def compress(
         elif codec == "libx264" and (params := repeatable()):
             options["x264-params"] = params
         stream = cast(av.VideoStream, container.add_stream(codec, FPS, options=options))
-        height, width = (max(SMALLEST, n + n % 2) for n in (h, w))
+        height, width = (max(SMALLEST[codec], n + n % 2) for n in (h, w))
         stream.height, stream.width = height, width
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
         for number, frame in enumerate(chain([first], frames)):
@@ -183,10 +231,14 @@ def compress(
 
 @dataclass(frozen=True)
 class LowClip:
-    """A degraded clip; its pixel (0, 0) covers HR pixels from (top, left) on."""
+    """A degraded variant of a clip; its pixel (0, 0) covers HR pixels from (top, left) on."""
 
-    frames: Callable[[], np.ndarray]  # [T, h, w, 3] uint8, mapped from the file
+    path: Path
     recipe: Recipe
+
+    def frames(self) -> np.ndarray:
+        """[T, h, w, 3] uint8, mapped from the file."""
+        return open_frames(self.path)
 
     @property
     def top(self) -> int:
@@ -200,18 +252,18 @@ class LowClip:
 def open_low_clips(
     clips: list[Clip], cache: Path, recipes: Callable[[str], list[Recipe]]
 ) -> dict[Path, list[LowClip]]:
-    """The degraded variants of each clip or still, made where `cache` does not hold them.
+    """The degraded variants of each clip or still; those missing in `cache` are made.
 
     Args:
         clips: decoded clips; a still's variants have seven frames.
-        cache: folder for the variants; copied elsewhere, it is opened without PyAV.
-        recipes: of a clip's name; the second clip of a name goes by "NAME 2", and so on.
+        cache: folder for the variants; a copy of it is opened without PyAV.
+        recipes: by the clip's name; the second clip of a name is called "NAME 2", and so on.
 
     Returns:
         The variants by the path of the clip.
 
     Raises:
-        DataError: something must be made and PyAV is not installed.
+        DataError: a variant must be made and PyAV is not installed.
     """
     cache.mkdir(parents=True, exist_ok=True)
     index = read_index(cache)
@@ -228,14 +280,13 @@ def open_low_clips(
                 if file not in index or not (cache / file).is_file():
                     index[file] = _make(clip, recipe, cache / file)
                     write_index(cache, index)
-                frames = partial(open_frames, cache / file)
-                low[clip.path].append(LowClip(frames, recipe))
+                low[clip.path].append(LowClip(cache / file, recipe))
     return low
 
 
-def training_recipes(name: str) -> list[Recipe]:
+def training_recipes(name: str, variants: int = VARIANTS) -> list[Recipe]:
     """The variants that training draws from."""
-    return [draw(name, variant) for variant in range(VARIANTS)]
+    return [draw(name, variant) for variant in range(variants)]
 
 
 def _file_name(clip: Clip, recipe: Recipe) -> str:
@@ -244,7 +295,7 @@ def _file_name(clip: Clip, recipe: Recipe) -> str:
 
 
 def _make(clip: Clip, recipe: Recipe, path: Path) -> dict:
-    """Write one variant; it has its final name only when it is complete."""
+    """Write one variant; returns its entry of the index."""
     try:
         import av  # noqa: F401
     except ImportError as error:
@@ -254,6 +305,4 @@ def _make(clip: Clip, recipe: Recipe, path: Path) -> dict:
         ) from error
     frames = still_frames(clip, recipe.seed) if clip.kind == "still" else iter(clip.frames)
     shape = write_frames(path, degrade_clip(frames, recipe), str(clip.path))
-    expected = WINDOW if clip.kind == "still" else clip.shape[0]
-    assert shape[0] == expected, f"{path}: a codec gave {shape[0]} frames for {expected}"
     return {"clip": clip.name, "shape": list(shape), "recipe": asdict(recipe)}

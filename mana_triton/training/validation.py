@@ -1,27 +1,18 @@
-"""How good a network in training is, and what its attentions do.
+"""Validation metrics: whole frames of clips kept from training, scored as `metrics` does."""
 
-Everything is measured on whole frames of clips kept from training, by the exact metrics of
-`metrics`; the statistics of the attentions come from a batch of training.
-"""
-
-import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mana_triton.attention import cross_frame_attention
-from mana_triton.engine.upscaler import window_numbers
+from mana_triton.engine.window import window_numbers
 from mana_triton.metrics import psnr
-from mana_triton.model import MANA
 from mana_triton.resize import SCALE, upscale_bicubic
-from mana_triton.training.clips import WINDOW, Clip, degrade
-from mana_triton.training.degradation import LowClip
+from mana_triton.training.clips import WINDOW, Clip
+from mana_triton.training.degradation import LowClip, degrade
 
 PSNR_CAP = 100.0  # dB, for frames that are reproduced exactly
 
@@ -32,7 +23,7 @@ class Validation:
     Args:
         clips: any clips; their frames are cropped to multiples of 4.
         frames: how many frames of each clip, evenly spaced.
-        degradation: see `data.degrade`.
+        degradation: see `degrade`.
         low: one low-resolution variant of each clip by its path, instead of `degradation`.
     """
 
@@ -52,36 +43,21 @@ class Validation:
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Mean PSNR in dB of the model, and of the model fed the center frame seven times."""
 
-        @torch.no_grad()
-        def enlarge(lr: Tensor) -> Tensor:
-            return _to_uint8(model(lr.to(device))[0].cpu())
-
         def enlarge_alone(lr: Tensor) -> Tensor:
-            return enlarge(repeat(lr[:, WINDOW // 2], "b c h w -> b t c h w", t=WINDOW))
+            center = repeat(lr[:, WINDOW // 2], "b c h w -> b t c h w", t=WINDOW)
+            return _enlarge(model, center, device)
 
         return {
-            "psnr_db": self._mean_psnr(enlarge),
+            "psnr_db": self._mean_psnr(lambda lr: _enlarge(model, lr, device)),
             "center_only_psnr_db": self._mean_psnr(enlarge_alone),
             "bicubic_psnr_db": self.bicubic_psnr,
         }
 
-    def seconds(self, model: nn.Module, device: torch.device) -> float:
-        """About how long `measure` takes, from one window of the first clip."""
-        began = time.monotonic()
-        lr, _ = next(self._windows(self.clips[0]))
-        with torch.no_grad():
-            _to_uint8(model(lr.to(device))[0].cpu())
-        pixels = sum(min(self.frames, c.shape[0]) * c.shape[1] * c.shape[2] for c in self.clips)
-        per_pixel = (time.monotonic() - began) / (self.clips[0].shape[1] * self.clips[0].shape[2])
-        return 2 * per_pixel * pixels
-
-    @torch.no_grad()
     def picture(self, model: nn.Module, device: torch.device) -> np.ndarray:
         """Bicubic, ours and the original of the first clip side by side, [H, 3W, 3] uint8."""
         lr, hr = next(self._windows(self.clips[0]))
         bicubic = upscale_bicubic(_to_uint8(lr[0, WINDOW // 2])).numpy()
-        ours = _to_uint8(model(lr.to(device))[0].cpu()).numpy()
-        return np.concatenate([bicubic, ours, hr], axis=1)
+        return np.concatenate([bicubic, _enlarge(model, lr, device).numpy(), hr], axis=1)
 
     def _mean_psnr(self, enlarge: Callable[[Tensor], Tensor]) -> float:
         """PSNR of enlarge(lr [1, 7, 3, h, w]) -> [4h, 4w, 3] uint8, over frames, then clips."""
@@ -108,46 +84,12 @@ class Validation:
             yield lr, hr[WINDOW // 2]
 
 
+@torch.no_grad()
+def _enlarge(model: nn.Module, lr: Tensor, device: torch.device) -> Tensor:
+    """Frames lr [1, 7, 3, h, w] -> the center frame [4h, 4w, 3] uint8, on the CPU."""
+    return _to_uint8(model(lr.to(device))[0].cpu())
+
+
 def _to_uint8(frame: Tensor) -> Tensor:
     """[3, H, W] in [0, 1] -> [H, W, 3] uint8."""
     return rearrange(frame.float().mul(255).round().clamp(0, 255), "c h w -> h w c").byte()
-
-
-@torch.no_grad()
-def attention_statistics(model: MANA, lr: Tensor) -> dict[str, float | None]:
-    """What the attentions do with lr [B, 7, 3, h, w] in [0, 1].
-
-    Returns:
-        sigma, in pixels, where it is finite; temperature, of cosine matching; visited, the
-        fraction of the (query, key) pairs that the certificate asks for; memory_entropy, of a
-        pixel's attention to the memory bank, mean over pixels, 1 for the uniform one; memory_dead,
-        entries that get less than a hundredth of their share of all pixels' attention.
-    """
-    config = model.config
-    statistics: dict[str, float | None] = {}
-    if math.isfinite(model.sigma.item()):
-        statistics["sigma"] = model.sigma.item()
-    b = lr.shape[0]
-    f, k, v, *norm = model.encode(rearrange(lr, "b t c h w -> (b t) c h w"))
-    k, v = (rearrange(x, "(b t) h w d -> b t h w d", b=b) for x in (k, v))
-    q = model.queries(*(x[config.frames // 2 :: config.frames] for x in (f, *norm)))
-    cosine = config.match == "cosine"
-    if cosine:
-        statistics["temperature"] = model.temperature.item()
-    _, statistics["visited"] = cross_frame_attention(
-        F.normalize(q, dim=-1) if cosine else q,
-        k,
-        v,
-        model.sigma,
-        gaussian=config.gaussian,
-        scale=model.scale,
-        tolerance=model.tolerance,
-        backend=model.backend,
-        return_density=True,
-    )
-    if config.memory_slots > 1:
-        p = torch.softmax(q.flatten(0, 2) @ model.memory * q.shape[-1] ** -0.5, dim=-1)
-        entropy = torch.special.entr(p).sum(dim=-1).mean() / math.log(config.memory_slots)
-        dead = p.mean(dim=0) < 0.01 / config.memory_slots
-        statistics |= {"memory_entropy": entropy.item(), "memory_dead": dead.sum().item()}
-    return statistics

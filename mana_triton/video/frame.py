@@ -1,9 +1,6 @@
-"""What files in and out share: pictures with their times, and errors in plain words."""
+"""What readers and writers share: frames with their times, errors in plain words, notes."""
 
 import errno
-import os
-import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from av.error import FFmpegError, InvalidDataError
-from av.stream import Disposition, Stream
 
 MP4_LIKE = (".mp4", ".m4v", ".mov")
 
@@ -34,9 +30,9 @@ class Frame:
         pts: presentation time, in units of `time_base` seconds.
         duration: in the same units, 0 if unknown.
         name: file stem in an image folder, else None.
-        alpha: [H, W] opacity in the type of `rgb`; None if nothing shines through.
-        tags: what else is in a picture's file, see images.py.
+        alpha: [H, W] opacity in the type of `rgb`; None if fully opaque.
         damaged: frames of the file, up to this one, that were damaged or missing.
+        tags: metadata of a picture's file, see images.py.
     """
 
     rgb: np.ndarray
@@ -46,7 +42,16 @@ class Frame:
     name: str | None = None
     alpha: np.ndarray | None = None
     damaged: int = 0
-    tags: Mapping[str, bytes] = field(default_factory=dict)
+    tags: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Notes(list[str]):
+    """Lines the user should see, each once."""
+
+    def add(self, line: str) -> None:
+        """Append a line unless it is there already."""
+        if line not in self:
+            self.append(line)
 
 
 @contextmanager
@@ -72,21 +77,6 @@ def reason(error: OSError | FFmpegError) -> str:
     return known.get(error.errno or 0, error.strerror or str(error))
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return  # folders cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hidden(path: Path) -> Path:
-    """A name beside `path` under which it grows; the name of `path` may be as long as names can."""
-    return path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
-
-
-def is_cover(stream: Stream) -> bool:
-    return bool(stream.disposition & Disposition.attached_pic)
+def exact_seconds(seconds: float) -> Fraction:
+    """The decimal number that was meant: 0.4 is 2/5, the float nearest to it is a little more."""
+    return Fraction(str(seconds))

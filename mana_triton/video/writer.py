@@ -1,112 +1,54 @@
-"""Video files and image folders in and out, through PyAV: exact pixels, everything else kept.
+"""Writing frames to video files and folders of PNG files, with everything else of the input.
 
     with open_reader("in.mp4") as reader, open_writer("out.mp4", reader, width, height) as writer:
         for frame in reader:
             writer.write(enlarge(frame.rgb), frame)
 
-Here are the writers; readers.py, encoder.py and copier.py do the rest.
-
-Pixels are full-range RGB, uint8, or uint16 if the file has more than 8 bits; color.py converts
-them. Timestamps are the input's. Audio, subtitles, fonts, other streams, chapters and tags are
-copied without re-encoding; subtitles that the container cannot hold as they are become its own
-kind of text. Interlaced frames are deinterlaced, one for one. An output has its final name only
-once it is complete.
+Timestamps are the input's. An output has its final name only once it is complete.
 """
 
 import itertools
+import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Protocol, Self
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from torch import Tensor
 
-from mana_triton.video import color as colors
+from mana_triton.files import WRITABLE_VIDEOS, sync
 from mana_triton.video import images
-from mana_triton.video.encoder import ENCODERS, Picture, VideoEncoder
-from mana_triton.video.frame import MP4_LIKE, Frame, MediaError, Timed, explained, hidden, sync
-from mana_triton.video.reader import (
-    MAX_PIXELS,
-    MAX_STREAMS,
-    AnimationReader,
-    ImageFolderReader,
-    Reader,
-    VideoReader,
-    open_reader,
-)
-from mana_triton.video.remux import Copier
-
-__all__ = [
-    "ENCODERS",
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "MAX_STREAMS",
-    "VIDEO_SUFFIXES",
-    "AnimationReader",
-    "Frame",
-    "ImageFolderReader",
-    "ImageFolderWriter",
-    "MediaError",
-    "Reader",
-    "VideoEncoder",
-    "VideoReader",
-    "VideoWriter",
-    "open_reader",
-    "open_writer",
-]
-
-# that can be written
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".nut")
-IMAGE_SUFFIXES = images.SUFFIXES
+from mana_triton.video.color import enlarge_alpha
+from mana_triton.video.encoder import EncodeOptions, Pixels, VideoEncoder
+from mana_triton.video.frame import MP4_LIKE, Frame, MediaError, Notes, Timed, explained
+from mana_triton.video.reader import Reader, VideoReader
+from mana_triton.video.remux import Remuxer
 
 
-class _Writer:
-    """What both kinds of writer share: checks, the temporary name and the context manager."""
+class Writer(Protocol):
+    """Writes frames; as a context manager it calls `close`, or `abort` after an error."""
 
-    notes: list[str]
+    path: Path
+    notes: Notes  # lines the user should see
+    # makes of [height, width, 3] RGB, on any device, the planes that `write` takes as well;
+    # None where only RGB is written
+    planes: Callable[[Tensor], list[Tensor]] | None
 
-    def __init__(self, path: str | Path, reader: Reader, width: int, height: int):
-        self.path, self.notes = Path(path), []
-        self.suffix = self.path.suffix.lower()
-        self.width, self.height, self._reader = width, height, reader
-
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def _claim(self, overwrite: bool, part: Path | None = None) -> Path:
-        """The name while it grows, after checking that the output may be written."""
-        path = self.path
-        if path.is_symlink():
-            raise MediaError(f"{path}: is a symbolic link; give the file's own name")
-        if path.exists():
-            if path.samefile(self._reader.path):
-                raise MediaError(f"{path}: is the input itself; choose another output")
-            if not overwrite and not (path.is_dir() and not any(path.iterdir())):
-                raise MediaError(f"{path}: exists; use --overwrite or choose another output")
-        if not path.parent.is_dir():
-            raise MediaError(f"{path}: there is no folder {path.parent}; create it first")
-        return part or hidden(path)
-
-    def _check(self, picture: Picture) -> None:
-        first = picture if isinstance(picture, np.ndarray) else picture[0]
-        channels = (3,) if first is picture else first.shape[2:]
-        wanted = self.height, self.width, *channels
-        if first.shape != wanted or first.dtype not in (np.uint8, np.uint16):
-            raise ValueError(
-                f"a picture must be {list(wanted)} uint8 or uint16,"
-                f" got {list(first.shape)} {first.dtype}"
-            )
+    def write(self, picture: Pixels, frame: Frame) -> object:
+        """Write one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
+        ...
 
     def close(self) -> None:
         """Finish the output and give it its name."""
-        raise NotImplementedError
+        ...
 
     def abort(self) -> None:
         """Delete what was written so far; nothing to do after close."""
-        raise NotImplementedError
+        ...
 
     def __enter__(self) -> Self:
         return self
@@ -118,24 +60,19 @@ class _Writer:
             self.abort()
 
 
-class VideoWriter(_Writer):
-    """Encodes frames; copies everything else of the reader's file beside them.
+class VideoWriter(Writer):
+    """Encodes frames and copies all other streams of the reader's file.
 
     Args:
         path: output; its suffix chooses the container.
         reader: where the frames come from: timestamps, colors, rotation, audio, tags.
         width, height: of the frames to be written, pixels.
+        options: of the encoder.
         overwrite: replace an existing output.
-        part: name of the file while it grows, on the disk of `path`; None: a hidden one beside.
-        encoding: codec: FFmpeg encoder; crf: constant quality, for encoders that have it, None for
-            their default; options: further encoder options, where "pix_fmt" is taken as the
-            argument of that name; pix_fmt: None means yuv420p with the input's bits, or what the
-            encoder has closest to it; lossless: keep every bit of the pictures, by what the
-            encoder has for that.
+        part: name of the file while it grows, on the disk of `path`; None: a hidden one next to it.
 
     Attributes:
-        time_base, headers, planes: of the encoder, see VideoEncoder.
-        notes: lines the user should see.
+        headers, time_base, planes: of the encoder, see VideoEncoder.
 
     Raises:
         MediaError: the output cannot be written as asked; nothing is left behind.
@@ -147,93 +84,92 @@ class VideoWriter(_Writer):
         reader: Reader,
         width: int,
         height: int,
+        options: EncodeOptions = EncodeOptions(),
         *,
         overwrite: bool = False,
         part: Path | None = None,
-        **encoding: Any,
     ):
-        super().__init__(path, reader, width, height)
-        self._copier: Copier | None = None
-        self._encoded = self._completed = self._finished = False
-        if self.suffix not in VIDEO_SUFFIXES:
-            known = " ".join(VIDEO_SUFFIXES)
-            raise MediaError(f"{path}: cannot write '{self.suffix}' files; use one of {known}")
+        self.path, self._size, self._remuxer = Path(path), (width, height), None
+        self._has_frames = self._is_complete = self._is_done = False
+        suffix = self.path.suffix.lower()
+        if suffix not in WRITABLE_VIDEOS:
+            known = " ".join(WRITABLE_VIDEOS)
+            raise MediaError(f"{path}: cannot write '{suffix}' files; use one of {known}")
         if self.path.is_dir():
             raise MediaError(f"{path}: is a folder; give a file name")
-        self._part = self._claim(overwrite, part)
+        _check_free(self.path, reader.path, overwrite)
+        self._part = part or _hidden(self.path)
         self._container = av.open(f"file:{self._part}", "w")  # creates no file yet
         try:
             with explained(self.path, "write"):
-                self._open(encoding)
+                self._open(reader, options)
         except BaseException:
             self.abort()
             raise
 
-    def _open(self, encoding: dict[str, Any]) -> None:
-        reader = self._reader
-        if self.suffix in MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
+    def _open(self, reader: Reader, options: EncodeOptions) -> None:
+        suffix, (width, height) = self.path.suffix.lower(), self._size
+        if suffix in MP4_LIKE:  # start offsets are rounded to this; FFmpeg's default is 1 ms
             ticks = str(max(1000, reader.time_base.denominator))
             self._container.container_options["movie_timescale"] = ticks
-        size = self.width, self.height
-        self._encoder = VideoEncoder(self.path, reader, *size, self._container, **encoding)
-        self._stream, self.headers = self._encoder.stream, self._encoder.headers
-        self.time_base, self.planes = self._encoder.time_base, self._encoder.planes
-        self.notes = self._encoder.notes  # one list, as both go on adding to it
-        if self.suffix == ".avi":
-            self.notes.append("avi has no start times: sound may be off by up to a frame")
+        encoder = VideoEncoder(self.path, reader, width, height, self._container, options)
+        self._encoder, self.headers, self.notes = encoder, encoder.headers, encoder.notes
+        self.time_base, self.planes = encoder.time_base, encoder.planes
+        if suffix == ".avi":
+            self.notes.add("avi has no start times: sound may be off by up to a frame")
         if isinstance(reader, VideoReader):
-            if reader.display_matrix and self.suffix in (".avi", ".ts"):
-                self.notes.append(f"{self.suffix} files cannot hold rotation")
+            if reader.display_matrix and suffix in (".avi", ".ts"):
+                self.notes.add(f"{suffix} files cannot hold rotation")
             if reader.display_matrix:  # before the header; its translation is in pixels
                 matrix = list(reader.display_matrix)
-                limit = 2**31 - 1  # which only a damaged file's numbers exceed
-                matrix[6] = min(max(matrix[6] * self.width // reader.width, -limit), limit)
-                matrix[7] = min(max(matrix[7] * self.height // reader.height, -limit), limit)
-                self._stream.set_display_matrix(matrix)
-            self._copier = Copier(reader, self)
+                limit = 2**31 - 1  # damaged files exceed it
+                matrix[6] = min(max(matrix[6] * width // reader.width, -limit), limit)
+                matrix[7] = min(max(matrix[7] * height // reader.height, -limit), limit)
+                encoder.stream.set_display_matrix(matrix)
+            self._remuxer = Remuxer(reader, self.path, self._container, encoder.stream, self.notes)
         self._container.start_encoding()
 
-    def write(self, picture: Picture, frame: Frame) -> None:
+    def write(self, picture: Pixels, frame: Frame) -> None:
         """Encode one picture, [height, width, 3] RGB or its `planes`, at the time of `frame`."""
-        self._check(picture)
-        self._encoded = True
+        check_pixels(picture, *self._size)
+        self._has_frames = True
         with explained(self.path, "write"):
-            if self._copier:
-                self._copier.until(frame.pts * frame.time_base)
+            if self._remuxer:
+                self._remuxer.until(frame.pts * frame.time_base)
             for packet in self._encoder.encode(picture, frame):
                 self._container.mux_one(packet)
 
     def put(self, packet: Timed) -> None:
-        """Write a packet that an encoder with the same settings made; no `write` beside it."""
+        """Write a packet of an encoder with the same settings; not to be mixed with `write`."""
         with explained(self.path, "write"):
-            if self._copier:
-                self._copier.until(packet.dts * packet.time_base + self._reader.offset)
-            packet.stream = self._stream
+            if self._remuxer:
+                self._remuxer.until(packet.dts * packet.time_base + self._encoder.offset)
+            packet.stream = self._encoder.stream
             self._container.mux_one(packet)
 
     def complete(self) -> None:
-        """Finish the file, under the name it grew with, and make sure that it is on the disk."""
-        if self._completed or self._finished:
+        """Finish the file under its temporary name and make sure that it is on the disk."""
+        if self._is_complete or self._is_done:
             return
         try:
             with explained(self.path, "write"):
-                if self._encoded:
+                if self._has_frames:
                     for packet in self._encoder.finish():
                         self._container.mux_one(packet)
-                if self._copier:
-                    self._copier.until(None)
-                    self._copier.close()
+                if self._remuxer:
+                    self._remuxer.until(None)
+                    self._remuxer.close()
                 self._container.close()
                 sync(self._part)
         except BaseException:
             self.abort()
             raise
-        self._completed = True
+        self._is_complete = True
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         self.complete()
-        if self._finished:
+        if self._is_done:
             return
         try:
             with explained(self.path, "write"):
@@ -241,22 +177,22 @@ class VideoWriter(_Writer):
         except BaseException:
             self.abort()
             raise
-        self._finished = True
+        self._is_done = True
         sync(self.path.parent)
 
     def abort(self) -> None:
         """Delete what was written so far; nothing to do after close."""
-        if self._finished:
+        if self._is_done:
             return
-        self._finished = True
-        if self._copier:
-            self._copier.close()
-        with suppress(FFmpegError, OSError):  # it may be the disk that is full
+        self._is_done = True
+        if self._remuxer:
+            self._remuxer.close()
+        with suppress(FFmpegError, OSError):  # the disk may be full
             self._container.close()
         self._part.unlink(missing_ok=True)
 
 
-class ImageFolderWriter(_Writer):
+class ImageFolderWriter(Writer):
     """Writes frames as PNG files into a folder that gets its name when it is complete.
 
     Pictures have the bits of the input; transparency is enlarged by bicubic interpolation.
@@ -264,6 +200,8 @@ class ImageFolderWriter(_Writer):
     Args are those of VideoWriter. Files are named as the input's pictures, or 00000000.png, ...;
     `part` may be a folder that holds the first `count` of them.
     """
+
+    planes = None
 
     def __init__(
         self,
@@ -276,14 +214,14 @@ class ImageFolderWriter(_Writer):
         part: Path | None = None,
         count: int = 0,
     ):
-        super().__init__(path, reader, width, height)
-        self._count, self._overwrite = count, overwrite
+        self.path, self._reader, self.notes = Path(path), reader, Notes()
+        self._size, self._overwrite, self._count = (width, height), overwrite, count
         self._check_place()
-        stems = sorted(file.stem for file in getattr(reader, "files", ()))
+        stems = sorted(file.stem for file in reader.files)
         for one, next_one in itertools.pairwise(stems):
             if one == next_one:
                 raise MediaError(f"{reader.path}: two pictures are called '{one}'; rename one")
-        self._part = self._claim(overwrite, part)
+        self._part = part or _hidden(self.path)
         with explained(self.path, "write"):
             self._part.mkdir(exist_ok=part is not None)
 
@@ -293,34 +231,33 @@ class ImageFolderWriter(_Writer):
             raise MediaError(f"{path}: is a file; give a folder or a video file name")
         if path.is_dir() and any(file.suffix != ".png" for file in path.iterdir()):
             raise MediaError(f"{path}: holds other things than PNG files; choose another folder")
+        _check_free(path, self._reader.path, self._overwrite)
 
-    def write(self, rgb: np.ndarray, frame: Frame) -> Path:
-        """Write one picture, [height, width, 3] RGB, under the name of `frame`."""
-        self._check(rgb)
-        alpha = frame.alpha
+    def write(self, picture: Pixels, frame: Frame) -> Path:
+        """Write one picture, [height, width, 3] RGB; returns its file, named after `frame`."""
+        rgb, alpha = np.asarray(picture), frame.alpha
+        check_pixels(rgb, *self._size)
         if alpha is not None:
             alpha = self._enlarged(alpha)
-        name = frame.name or f"{self._count:08d}"
+        file = self._part / f"{frame.name or f'{self._count:08d}'}.png"
         self._count += 1
         with explained(self.path, "write"):
-            images.write_picture(self._part / f"{name}.png", rgb, alpha, frame.tags)
-        return self._part / f"{name}.png"
+            images.write_picture(file, rgb, alpha, frame.tags)
+        return file
 
     def _enlarged(self, alpha: np.ndarray) -> np.ndarray | None:
-        height, width = alpha.shape
-        if self.width * height != self.height * width:  # two pictures side by side
-            self._note("transparency is dropped")
+        width, height = self._size
+        if width * alpha.shape[0] != height * alpha.shape[1]:  # with --compare
+            self.notes.add("transparency is dropped")
             return None
-        self._note("transparency is enlarged by bicubic interpolation")
-        return colors.enlarge_alpha(alpha, self.width, self.height)
+        self.notes.add("transparency is enlarged by bicubic interpolation")
+        return enlarge_alpha(alpha, width, height)
 
     def close(self) -> None:
         """Give the folder its name, in place of an older one."""
         if not self._part.exists():
             return
-        # somebody may have put something there in the meantime
-        self._check_place()
-        self._claim(self._overwrite)
+        self._check_place()  # again, as something may have been put there
         with explained(self.path, "write"):
             old = self._part.with_suffix(".old")
             if self.path.exists():
@@ -339,12 +276,47 @@ class ImageFolderWriter(_Writer):
 
 
 def open_writer(
-    path: str | Path, reader: Reader, width: int, height: int, **settings
-) -> VideoWriter | ImageFolderWriter:
-    """A VideoWriter if the path has a suffix, else an ImageFolderWriter; settings as theirs."""
+    path: str | Path,
+    reader: Reader,
+    width: int,
+    height: int,
+    options: EncodeOptions = EncodeOptions(),
+    *,
+    overwrite: bool = False,
+    part: Path | None = None,
+) -> Writer:
+    """A VideoWriter if the path has a suffix, else an ImageFolderWriter; arguments as theirs."""
     if Path(path).suffix:
-        return VideoWriter(path, reader, width, height, **settings)
-    if settings.get("options") or settings.get("lossless"):
+        return VideoWriter(path, reader, width, height, options, overwrite=overwrite, part=part)
+    if options.options or options.lossless:
         raise MediaError(f"{path}: a folder of PNG files takes no encoder options")
-    overwrite = settings.get("overwrite", False)
-    return ImageFolderWriter(path, reader, width, height, overwrite=overwrite)
+    return ImageFolderWriter(path, reader, width, height, overwrite=overwrite, part=part)
+
+
+def check_pixels(pixels: Pixels, width: int, height: int) -> None:
+    """ValueError unless a picture, RGB or planes, has this size and a type of integers."""
+    first = pixels if isinstance(pixels, np.ndarray) else pixels[0]
+    wanted = height, width, *((3,) if first is pixels else first.shape[2:])
+    if first.shape != wanted or first.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"a picture must be {list(wanted)} uint8 or uint16,"
+            f" got {list(first.shape)} {first.dtype}"
+        )
+
+
+def _hidden(path: Path) -> Path:
+    """A name next to `path`, which itself may be as long as names can be."""
+    return path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
+
+
+def _check_free(path: Path, source: Path, overwrite: bool) -> None:
+    """MediaError unless an output may be written here."""
+    if path.is_symlink():
+        raise MediaError(f"{path}: is a symbolic link; give the file's own name")
+    if path.exists():
+        if path.samefile(source):
+            raise MediaError(f"{path}: is the input itself; choose another output")
+        if not overwrite and not (path.is_dir() and not any(path.iterdir())):
+            raise MediaError(f"{path}: exists; use --overwrite or choose another output")
+    if not path.parent.is_dir():
+        raise MediaError(f"{path}: there is no folder {path.parent}; create it first")

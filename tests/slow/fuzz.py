@@ -13,7 +13,6 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -21,7 +20,10 @@ import numpy as np
 import torch
 
 from mana_triton.checkpoint import CheckpointError, load
-from mana_triton.video.writer import MediaError, open_reader, open_writer
+from mana_triton.video.encoder import EncodeOptions
+from mana_triton.video.frame import MediaError
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
 ROOM = 1 << 30  # bytes a case may take
 FRAMES = 30
@@ -64,13 +66,12 @@ def attempt(source: Path, target: Path) -> None:
         load(source)
         return
     with open_reader(source.parent if is_picture(source) else source) as reader:
-        settings: dict[str, Any] = {"overwrite": True}
-        if target.suffix:
-            settings["options"] = {"preset": "ultrafast"}
+        fast = (("preset", "ultrafast"),) if target.suffix else ()
         size = 2 * (reader.width // 2 + 1), 2 * (reader.height // 2 + 1)
         if size[0] * size[1] > 2**20:  # large, and allowed: but not worth the time here
             return
-        with open_writer(target, reader, *size, **settings) as writer:
+        encode = EncodeOptions(options=fast)
+        with open_writer(target, reader, *size, encode, overwrite=True) as writer:
             for number, frame in enumerate(reader):
                 rgb = np.zeros((size[1], size[0], 3), frame.rgb.dtype)
                 rgb[: reader.height, : reader.width] = frame.rgb

@@ -1,6 +1,4 @@
-"""Print what each container keeps of a file that has everything: the table of the README.
-
-Beside it stands what is known of other programs, whatever the container.
+"""Print what each container keeps of a file that has everything.
 
 python tests/slow/kept.py
 """
@@ -18,32 +16,16 @@ import av
 import media
 import numpy as np
 
-from mana_triton.video.writer import open_reader, open_writer
+from mana_triton.video.encoder import EncodeOptions
+from mana_triton.video.reader import open_reader
+from mana_triton.video.writer import open_writer
 
-# what is known of other programs, from reading their code: yes, no, or how; "?" where it is not
-PEERS = {
-    "video2x": {
-        "sound, packet by packet": "all streams", "text subtitles": "yes", "chapters": "no",
-        "title": "no", "languages": "yes", "rotation": "no", "times of frames": "by an option",
-        "matrix, primaries, transfer, range": "yes", "10 bits": "no",
-    },
-    "Real-ESRGAN": {
-        "sound, packet by packet": "first stream", "text subtitles": "no", "chapters": "no",
-        "title": "no", "languages": "no", "rotation": "no", "times of frames": "no",
-        "matrix, primaries, transfer, range": "no", "10 bits": "no",
-    },
-    "chaiNNer": {
-        "sound, packet by packet": "first stream", "text subtitles": "no", "chapters": "no",
-        "title": "no", "languages": "no", "rotation": "no", "times of frames": "no",
-        "matrix, primaries, transfer, range": "no", "10 bits": "no",
-    },
-}  # fmt: skip
 TARGETS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts")
 TEXT = "1\n00:00:00,100 --> 00:00:00,500\none\n\n2\n00:00:00,600 --> 00:00:00,900\ntwo\n"
 
 
 def rich_file(folder: Path, sound: str) -> Path:
-    """Ten bits, PQ, turned, oblong pixels, irregular times, everything beside the picture."""
+    """Ten bits, PQ, turned, oblong pixels, irregular times, and every other kind of stream."""
     steps = np.random.default_rng(0).integers(20, 60, 25)
     planes = [np.full((3, 32, 48), 400 + 5 * i, np.uint16) for i in range(25)]
     turned = media.write_video(
@@ -125,18 +107,15 @@ def main() -> None:
             codec = "libvpx-vp9" if target == ".webm" else "libx264"
             with open_reader(source) as reader:
                 size = 2 * reader.width, 2 * reader.height
-                with open_writer(out, reader, *size, codec=codec) as writer:
+                with open_writer(out, reader, *size, EncodeOptions(codec)) as writer:
                     for frame in reader:
                         writer.write(frame.rgb.repeat(2, 0).repeat(2, 1), frame)
             before, after = facts(source), facts(out)
             columns[target] = {key: verdict(key, before[key], after[key]) for key in before}
-    print(f"| kept in | {' | '.join([*(target[1:] for target in TARGETS), *PEERS])} |")
-    print("|---|" + "---|" * (len(TARGETS) + len(PEERS)))
+    print(f"| kept in | {' | '.join(target[1:] for target in TARGETS)} |")
+    print("|---|" + "---|" * len(TARGETS))
     for key in columns[TARGETS[0]]:
-        cells = [columns[target][key] for target in TARGETS]
-        print(
-            f"| {key} | {' | '.join([*cells, *(peer.get(key, '?') for peer in PEERS.values())])} |"
-        )
+        print(f"| {key} | {' | '.join(columns[target][key] for target in TARGETS)} |")
 
 
 def verdict(key: str, before: Any, after: Any) -> str:

@@ -1,15 +1,9 @@
-"""Hostile input: damaged files of every kind end in one line, without crash, hang or bloat."""
+"""Damaged files of every kind end in one line, without crash, hang or excessive memory."""
 
-import contextlib
-import itertools
-import os
 import queue
-import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,8 +20,8 @@ from mana_triton.checkpoint import save
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.video import images
 
-SCRIPT = Path(__file__).parent / "fuzz.py"
-SILENCE = 90  # seconds without a word, after which it is asked whether a case hangs
+SCRIPT, ROOT = Path(__file__).parent / "fuzz.py", Path(__file__).parents[2]
+SILENCE = 600  # seconds without a line, after which a case is taken to hang
 # containers that are read and not written, and what stands in them
 OTHERS = {
     "mpg": "mpeg2video", "flv": "flv", "wmv": "wmv2", "ogg": "libvpx", "mxf": "mpeg2video",
@@ -36,7 +30,10 @@ OTHERS = {
 }  # fmt: skip
 PICTURES = [media.smooth_rgb(16, 24, phase) for phase in range(6)]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def intact(tmp_path_factory) -> Path:
             pix_fmt={"apng": "rgb24", "mjpeg": "yuvj420p"}.get(suffix, "yuv420p"),
         )  # fmt: skip
     frames = [Image.fromarray(picture) for picture in PICTURES]
-    for suffix in ("gif", "webp"):
+    for suffix in ("gif",):
         frames[0].save(folder / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=40)
     for suffix in ("png", "jpg", "tif", "bmp"):
         frames[0].save(folder / f"b.{suffix}")
@@ -85,11 +82,11 @@ def intact(tmp_path_factory) -> Path:
     return folder
 
 
-def run(intact: Path, first: int, last: int, *others: int, script: Path = SCRIPT) -> list[str]:
+def run(intact: Path, first: int, last: int, *others: int) -> list[str]:
     """Run the cases, `others` after the rest; returns what went wrong."""
-    wrong = []
+    wrong: list[str] = []
     while first < last:
-        command = [sys.executable, script, intact, *map(str, (first, last, *others))]
+        command = [sys.executable, SCRIPT, intact, *map(str, (first, last, *others))]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as child:
@@ -106,74 +103,29 @@ def _follow(child: subprocess.Popen, wrong: list[str], case: int) -> tuple[int, 
     lines: queue.Queue[str] = queue.Queue()
     reading = threading.Thread(target=_collect, args=(child.stdout, lines), daemon=True)
     reading.start()
-    spent = before = 0.0  # seconds of processor time, at the last word and at the last look
-    wait, done = None, False  # until all is loaded
+    last, wait = "", None  # until all is loaded
     while True:
         try:
             line = lines.get(timeout=wait)
         except queue.Empty:
-            if not _hangs(child.pid, spent, before):
-                before = _state(child.pid)[0]
-                continue
             child.kill()
             reading.join()
             return case, "hangs"
-        wait, spent = SILENCE, (before := _state(child.pid)[0])
         if line.startswith("bad "):
             wrong.append(f"case {case}: {line}")
         elif line.isdecimal():
             case = int(line)
-        elif line == "done":
-            done = True
         elif not line:
             reading.join()
-            failed = child.wait() or not done
+            failed = child.wait() or last != "done"
             return case, f"exit code {child.returncode}" if failed else ""
-
-
-def _hangs(pid: int, spent: float, before: float) -> bool:
-    """Whether a silent process computes without end, or sleeps all the time.
-
-    It does not if it only gets no processor: others on the machine may leave it none for minutes.
-    """
-    now, states = _state(pid)
-    return now - spent > SILENCE / 2 or (now == before and not states & set("RDTt"))
-
-
-def _state(pid: int) -> tuple[float, set[str]]:
-    """Seconds of processor time of a process, and the states of its threads; none if it is gone."""
-    seconds, states = 0.0, set()
-    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # the thread ends in between
-            fields = file.read_text().rpartition(")")[2].split()
-            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            states.add(fields[0])
-    return seconds, states
+        last, wait = line, SILENCE
 
 
 def _collect(lines: Any, into: queue.Queue) -> None:
     for line in lines:
         into.put(line.rstrip("\n"))
     into.put("")
-
-
-def summary(intact: Path, cases: range, wrong: list[str]) -> str:
-    """A table: how many files of each kind, and what went wrong with them."""
-    files = sorted(intact.iterdir())
-    kinds = sorted({file.suffix for file in files})
-    what_for = ("files", "crashes", "hangs", "tracebacks")
-    found: dict[tuple[str, str], int] = dict.fromkeys(itertools.product(kinds, what_for), 0)
-    for case in cases:
-        found[files[case % len(files)].suffix, "files"] += 1
-    for line in wrong:
-        number, why = re.fullmatch(r"case (\d+): (exit|hangs|bad).*", line, re.DOTALL).groups()  # pyright: ignore
-        what = {"exit": "crashes", "hangs": "hangs", "bad": "tracebacks"}[why]
-        found[files[int(number) % len(files)].suffix, what] += 1
-    rows = ["| kind | files | crashes | hangs | tracebacks |", "|---|---|---|---|---|"]
-    for kind in kinds:
-        row = [found[kind, what] for what in what_for]
-        rows.append(f"| {kind[1:]} | " + " | ".join(f"{number:,}" for number in row) + " |")
-    return "\n".join(rows)
 
 
 def test_damage_is_repeatable_and_damages():
@@ -183,26 +135,17 @@ def test_damage_is_repeatable_and_damages():
     assert damaged(data, 7) == damaged(data, 7)
 
 
-def test_a_few_damaged_files(intact):
+def test_hundreds_of_damaged_files(intact):
     # the last ones found something: a duration of two points, a stream that appears on the way, a
     # block of PNG with a length near 2^32, which Pillow reserved, and a time of more than 64 bits
     assert run(intact, 0, 420, 10302, 10427, 16777, 18087) == []
 
 
-def test_more_than_a_file_has_is_not_reserved(tmp_path):
-    (tmp_path / "a").write_bytes(b"abcdef")
-    with images._File(tmp_path / "a") as file:
-        assert (file.read(2), file.read(1 << 50), file.read(1), file.read()) == (
-            b"ab", b"cdef", b"", b"",
-        )  # fmt: skip
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_thousands_of_damaged_files(intact):
     cases = range(1000, 21000)
     wrong = run(intact, cases[0], cases[-1] + 1)
-    print("", summary(intact, cases, wrong), *wrong, sep="\n")
+    print(f"{len(cases)} damaged files of {len(list(intact.iterdir()))} kinds", *wrong, sep="\n")
     assert wrong == []
 
 
@@ -210,36 +153,17 @@ def test_thousands_of_damaged_files(intact):
     ("what", "found"),
     [
         ("import os; os.kill(os.getpid(), 11)", "exit code -11"),
-        ("import time; time.sleep(999)", "hangs"),
         ("while True: pass", "hangs"),
         ("import os; os._exit(0)", "exit code 0"),
         ("raise ValueError('x')", "ValueError"),
         ("bytearray(2 << 30)", "MemoryError"),
     ],
-    ids=["crash", "hang", "endless loop", "early end", "exception", "memory"],
+    ids=["crash", "hang", "early end", "exception", "memory"],
 )
-def test_the_harness_sees_failures(what, found, intact, tmp_path, monkeypatch):
-    """A case that crashes, hangs, raises or takes memory must not pass for a good one."""
+def test_harness_sees_failures(what, found, intact, tmp_path, monkeypatch):
     text = SCRIPT.read_text().replace("    if source.suffix in WEIGHTS:", f"    {what}\n    if 0:")
-    # what fails before it reads a file does not need the package
-    text = re.sub(r"(?m)^(import torch|from mana_triton.*|    torch.*)$", "", text)
-    text = text.replace("(MediaError, CheckpointError)", "ZeroDivisionError")
-    (tmp_path / "fuzz.py").write_text(text)
-    monkeypatch.setattr("test_fuzz.SILENCE", 3)
-    [wrong] = run(intact, 0, 1, script=tmp_path / "fuzz.py")
+    (tmp_path / "fuzz.py").write_text(text.replace("parents[2]", f"parents[0] / '{ROOT}'"))
+    monkeypatch.setattr("test_fuzz.SILENCE", 30)
+    monkeypatch.setattr("test_fuzz.SCRIPT", tmp_path / "fuzz.py")
+    [wrong] = run(intact, 0, 1)
     assert found in wrong
-    kind = "| 1 | 0 | 0 | 1 |"
-    if found.startswith(("exit", "hangs")):
-        kind = "| 1 | 1 | 0 | 0 |" if found.startswith("exit") else "| 1 | 0 | 1 | 0 |"
-    first = sorted(intact.iterdir())[0].suffix[1:]
-    assert f"| {first} {kind}" in summary(intact, range(1), [wrong])
-
-
-def test_a_paused_process_does_not_hang():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"]) as child:
-        child.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 30
-        while "T" not in _state(child.pid)[1]:
-            assert time.monotonic() < deadline
-        assert not _hangs(child.pid, *[_state(child.pid)[0]] * 2)
-        child.kill()

@@ -1,213 +1,102 @@
-"""python -m mana_triton.training.prepare: scenes, parts, what is skipped, going on, checksums."""
+"""python -m mana_triton.training.prepare: what is decoded, what is skipped, continuing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import textured, write_pictures, write_video
+from footage import film, textured, write_pictures, write_video
 
-from mana_triton.training import clips as data
-from mana_triton.training import prepare
-from mana_triton.training.prepare import parse_args, prepare_all
+from mana_triton.training import prepare as program
+from mana_triton.training.clips import open_clips
+from mana_triton.training.prepare import PrepareOptions, prepare
 
-COLORS = ((200, 30, 30), (30, 160, 60), (40, 60, 220))
-
-
-def scenes(*lengths: int, size: tuple[int, int] = (64, 80)) -> np.ndarray:
-    """Scenes of another color and texture each, one after the other."""
-    rng = np.random.default_rng(0)
-    shots = []
-    for number, length in enumerate(lengths):
-        shot = 0.3 * textured(rng, 1, *size) + 0.7 * np.array(COLORS[number % 3])
-        shots.append(np.repeat(shot.astype(np.uint8), length, 0))
-    return np.concatenate(shots)
+RNG = np.random.default_rng(0)
 
 
-def run(out: Path, *sources: Path, more: tuple[str, ...] = ()) -> dict:
-    paths = [str(path) for path in sources]
-    return prepare_all(
-        parse_args(["prepare", *paths, "--out", str(out), "--smallest", "32", *more])
-    )
+def run(out, *sources, **more) -> dict:
+    return prepare(PrepareOptions(sources, out, **{"smallest": 32, **more}))
 
 
-def details(out: Path) -> list[tuple[str, str, str]]:
-    items = json.loads((out / prepare.REPORT).read_text())["details"]
-    return [(Path(item["source"]).name, item["what"], item["why"]) for item in items]
-
-
-def test_videos_are_split_into_scenes(tmp_path):
-    """And no sample ever mixes two of them."""
-    frames = scenes(9, 4, 12)
-    write_video(tmp_path / "film.mkv", frames)
+def test_prepared_clips_train_and_know_their_scenes(tmp_path):
+    write_video(tmp_path / "film.mkv", film(9, 4, 12))
     report = run(tmp_path / "out", tmp_path / "film.mkv")
-    clips = data.open_clips([tmp_path / "out"], tmp_path / "unused")
-    assert [np.array(clip.frames).tolist() for clip in clips] == [
-        frames[:9].tolist(), frames[13:].tolist()
-    ]  # fmt: skip
-    assert (report["sources"], report["clips"], report["frames"]) == (1, 2, 21)
-    assert details(tmp_path / "out") == [
-        ("film.mkv", "frames 9 to 12", "a scene of fewer than 7 frames")
-    ]
-    sampler = data.Sampler(clips, [], crop=8, batch=1, seed=0)
-    for n in range(30):
-        lr, _ = sampler.sample(n, 0)
-        colors = lr.float().mean(dim=(1, 2))
-        assert (colors - colors[0]).abs().max() < 1
-
-
-def test_long_scenes_become_files_of_bounded_size(tmp_path, monkeypatch):
-    frames = scenes(40)
-    monkeypatch.setattr(prepare, "PART", 16 * frames[0].nbytes)
-    write_video(tmp_path / "film.mkv", frames)
-    run(tmp_path / "out", tmp_path / "film.mkv")
-    clips = data.open_clips([tmp_path / "out"], tmp_path / "unused")
-    parts = sorted((int(clip.name.split("-")[1]), clip) for clip in clips)
-    assert np.array_equal(np.concatenate([clip.frames for _, clip in parts]), frames)
-    lengths = [clip.shape[0] for _, clip in parts]
-    assert min(lengths) >= 7 and max(lengths) <= 16 and len(lengths) > 2
-
-
-@pytest.mark.parametrize("fit", [5, 7, 9, 12, 13, 16])
-def test_no_part_is_larger_than_a_file_or_too_short(monkeypatch, fit):
-    """Where fewer than 13 frames fit, as of 1080p, a last part of up to 13 was too large."""
-    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(60)]
-    monkeypatch.setattr(prepare, "PART", fit * frames[0].nbytes)
-    for length in range(1, 40):
-        parts = list(prepare._parts([*frames[:length], None, *frames[length:]]))
-        for first, part in parts:
-            assert [int(frame[0, 0, 0]) for frame in part] == [*range(first, first + len(part))]
-            assert len(part) >= min(7, length) and len(part) <= max(7, fit)
-            assert first >= length or first + len(part) <= length, "across the cut"
-        held = {first + n for first, part in parts for n in range(len(part))}
-        assert held == set(range(60))
-        assert len({first for first, _ in parts}) == len(parts)
-
-
-def test_files_that_must_be_too_large_are_counted(tmp_path, monkeypatch):
-    frames = scenes(9)
-    write_video(tmp_path / "film.mkv", frames)
-    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes - 1)
-    report = run(tmp_path / "out", tmp_path / "film.mkv")
-    assert (report["clips"], report["clips_over_56_mib"]) == (2, 2)
-    monkeypatch.setattr(prepare, "PART", 7 * frames[0].nbytes)
-    assert run(tmp_path / "out", tmp_path / "film.mkv")["clips_over_56_mib"] == 0
-
-
-def test_seven_pictures_may_have_a_cut(tmp_path):
-    """Only the sequences of Vimeo-90K are known to have none."""
-    write_pictures(tmp_path / "pictures", scenes(3, 4))
-    assert run(tmp_path / "out", tmp_path / "pictures")["clips"] == 0
-    whats = [what for _, what, _ in details(tmp_path / "out")]
-    assert whats == ["frames 0 to 2", "frames 3 to 6"]
+    [clip] = open_clips([tmp_path / "out"], tmp_path / "unused")
+    assert clip.scenes == [range(9), range(9, 13), range(13, 25)]
+    assert report == {"sources": 1, "clips": 1, "frames": 25, "skipped": {}}
 
 
 def test_vimeo_and_reds(tmp_path):
     vimeo, reds = tmp_path / "vimeo", tmp_path / "REDS" / "train_sharp"
-    # seven frames of a list are one clip, whatever they look like
     for name, count in (("00001/0001", 7), ("00001/0002", 6), ("00002/0001", 7)):
-        write_pictures(vimeo / "sequences" / name, scenes(3, 4)[:count])
-        for i in range(count):
-            picture = sorted((vimeo / "sequences" / name).glob("[0-9]*.png"))[0]
-            picture.rename(picture.with_name(f"im{i + 1}.png"))
+        folder = vimeo / "sequences" / name
+        write_pictures(folder, film(3, 4)[:count])
+        for file in folder.iterdir():
+            file.rename(file.with_name(f"im{int(file.stem) + 1}.png"))
     (vimeo / "sep_trainlist.txt").write_text("00001/0001\n00001/0002\n")
     (vimeo / "sep_testlist.txt").write_text("00002/0001\n")
     for name in ("000", "001"):
-        write_pictures(reds / name, scenes(8))
+        write_pictures(reds / name, film(8))
     report = run(tmp_path / "out", vimeo, reds)
-    clips = data.open_clips([tmp_path / "out"], tmp_path / "unused")
-    assert {clip.name for clip in clips} == {"00001-0001-0", "001-0"}
-    assert not any(clip.cuts for clip in clips)
+    clips = open_clips([tmp_path / "out"], tmp_path / "unused")
+    assert {clip.name for clip in clips} == {"00001-0001", "001"}
+    assert not any(clip.cuts for clip in clips), "the frames of a list are one scene"
     assert report["sources"] == 4
-    assert sorted(details(tmp_path / "out")) == [
-        ("000", "all", "one of REDS4, which tests are made of"),
-        ("0002", "all", "im7.png is missing"),
-    ]
-    with pytest.raises(data.DataError, match="it holds train and --split is test; pass another"):
-        run(tmp_path / "out", vimeo, more=("--split", "test"))
-    run(tmp_path / "test", vimeo, more=("--split", "test"))
-    [clip] = data.open_clips([tmp_path / "test"], tmp_path / "unused")
-    assert clip.name == "00002-0001-0"
+    assert list(report["skipped"].values()) == [
+        "im7.png is missing", "one of REDS4, which tests are made of"
+    ]  # fmt: skip
+    run(tmp_path / "test", vimeo, split="test")
+    assert open_clips([tmp_path / "test"], tmp_path / "unused")[0].name == "00002-0001"
 
 
-def test_what_cannot_be_used_is_reported(tmp_path):
+def test_what_cannot_be_used_is_skipped(tmp_path):
     films = tmp_path / "films"
     films.mkdir()
-    write_video(films / "good.mkv", scenes(8))
-    write_video(films / "small.mkv", scenes(8, size=(24, 80)))
+    write_video(films / "good.mkv", textured(RNG, 8, 64, 80))
+    write_video(films / "short.mkv", textured(RNG, 6, 64, 80))
+    write_video(films / "small.mkv", textured(RNG, 8, 24, 80))
     (films / "broken.mkv").write_bytes(b"nothing")
-    report = run(tmp_path / "out", films, more=("--jobs", "2"))
-    assert report["clips"] == 1 and len(report["skipped"]) == 2
-    broken, small = sorted(details(tmp_path / "out"))
-    assert broken[:2] == ("broken.mkv", "all") and "must be a readable video" in broken[2]
-    assert small == ("small.mkv", "80x24", "a side of fewer than 32 pixels")
+    skipped = run(tmp_path / "out", films, jobs=2)["skipped"]
+    broken, short, small = (skipped[str(films / f"{x}.mkv")] for x in ("broken", "short", "small"))
+    assert "must be a readable video" in broken
+    assert (short, small) == ("fewer than 7 frames", "a side of fewer than 32 pixels")
+    assert run(tmp_path / "out", films, smallest=65)["clips"] == 0
+    assert run(tmp_path / "out", films, smallest=24)["clips"] == 2
 
 
-def test_another_smallest_side_is_looked_at_again(tmp_path):
-    """What was too small stayed left out."""
-    write_video(tmp_path / "film.mkv", scenes(8))
-    for smallest, clips in (("256", 0), ("64", 1), ("65", 0)):
-        report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", smallest))
-        assert (report["clips"], report["made_now"]) == (clips, 1)
-    report = run(tmp_path / "out", tmp_path / "film.mkv", more=("--smallest", "65"))
-    assert report["made_now"] == 0
-
-
-def test_stopped_work_goes_on_and_new_sources_join(tmp_path, monkeypatch):
-    films, out = tmp_path / "films", tmp_path / "out"
+def test_stopped_work_is_continued_and_new_sources_are_added(tmp_path, monkeypatch):
+    films, out, made = tmp_path / "films", tmp_path / "out", []
     films.mkdir()
     for name in ("a", "b", "c"):
-        write_video(films / f"{name}.mkv", scenes(8))
-    write = prepare._write
+        write_video(films / f"{name}.mkv", textured(RNG, 8, 64, 80))
+    decode = program.decode
 
-    def failing(source, *args):
-        if source.name == "b":
+    def noting(source, *args):
+        made.append(source.name)
+        if made == ["a", "b"]:
             raise KeyboardInterrupt
-        return write(source, *args)
+        return decode(source, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(out, films)
-    assert [clip.name for clip in data.open_clips([out], out)] == ["a-0"]
-    assert run(out, films)["made_now"] == 2
-    assert run(out, films)["made_now"] == 0
-    write_video(films / "d.mkv", scenes(8))
-    report = run(out, films)
-    assert (report["made_now"], report["clips"]) == (1, 4)
+    monkeypatch.setattr(program, "decode", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, films)
+    assert [clip.name for clip in open_clips([out], out)] == ["a"]
+    write_video(films / "d.mkv", textured(RNG, 8, 64, 80))
+    made.clear()
+    assert run(out, films)["clips"] == 4
+    assert made == ["b", "c", "d"]
 
 
-def test_a_damaged_file_is_found_and_made_anew(tmp_path):
-    write_video(tmp_path / "film.mkv", scenes(9))
-    out = tmp_path / "out"
-    run(out, tmp_path / "film.mkv")
-    [clip] = data.open_clips([out], out)
-    [entry] = json.loads((out / data.INDEX).read_text()).values()
-    good = clip.path.read_bytes()
-    assert entry["sha256"] == prepare.checksum(clip.path)
-    clip.path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert run(out, tmp_path / "film.mkv")["made_now"] == 0
-    assert run(out, tmp_path / "film.mkv", more=("--verify",))["made_now"] == 1
-    assert clip.path.read_bytes() == good
-
-
-def test_the_command(tmp_path):
-    write_video(tmp_path / "film.mkv", scenes(9, 3))
-    command = [
-        sys.executable,
-        "-m",
-        "mana_triton.training.clips",
-        "prepare",
-        str(tmp_path / "film.mkv"),
-    ]
-    command += ["--out", str(tmp_path / "out"), "--smallest", "32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["clips"] == 1
-    assert "skipped 1: a scene of fewer than 7 frames" in done.stderr
-    command[4] = str(tmp_path / "missing")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("error: ")
+def test_the_command_prints_a_summary(tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "film.mkv", film(9))
+    write_video(tmp_path / "short.mkv", film(3))
+    sources = [str(tmp_path / "film.mkv"), str(tmp_path / "short.mkv")]
+    argv = ["prepare", *sources, "--out", str(tmp_path / "out"), "--smallest", "32"]
+    monkeypatch.setattr("sys.argv", argv)
+    program.main()
+    stdout, stderr = capsys.readouterr()
+    report = json.loads(stdout)
+    assert (report["clips"], report["skipped"]) == (1, {"fewer than 7 frames": 1})
+    assert "short.mkv: fewer than 7 frames" in stderr
+    monkeypatch.setattr("sys.argv", ["prepare", str(tmp_path / "no"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: .*no must exist"):
+        program.main()

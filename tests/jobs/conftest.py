@@ -1,0 +1,1 @@
+from job_fixtures import *  # noqa: F403
