@@ -43,12 +43,6 @@ def dense(
     return torch.stack(frames, 1).unflatten(2, (height, width))
 
 
-def plain_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
-    """Fused attention without the Gaussian: another result, the lowest cost of all pairs."""
-    wide_q = (q * scale.to(q.dtype)).flatten(1, 2)
-    return _sdpa(wide_q, k.flatten(2, 3), v.flatten(2, 3), None, k)
-
-
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
     """Fused attention with a dense [HW, HW] mask."""
     height, width = q.shape[1:3]
@@ -108,35 +102,12 @@ def flex(
     sigma: Tensor,
     scale: Tensor,
     attend: Callable = flex_attention,
+    mask: BlockMask | None = None,
 ) -> Tensor:
-    """FlexAttention, dense: the Gaussian as score_mod on row-major pixels."""
-    width = q.shape[2]
-    # a captured scalar with a gradient fails in FlexAttention's backward pass, a vector does not
-    sigmas = sigma.expand(q.shape[0]).contiguous()
-
-    def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        dy, dx = i // width - j // width, i % width - j % width
-        return score - (dy * dy + dx * dx) / (2 * sigmas[b] * sigmas[b])
-
-    wide_q = (q * scale.to(q.dtype)).flatten(1, 2)[:, None].expand(-1, k.shape[1], -1, -1)
-    o = attend(wide_q.contiguous(), k.flatten(2, 3), v.flatten(2, 3), score_mod=gaussian, scale=1.0)
-    assert isinstance(o, Tensor)
-    return o.unflatten(2, k.shape[2:4])
-
-
-def flex_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    attend: Callable = flex_attention,
-    *,
-    mask: BlockMask,
-) -> Tensor:
-    """FlexAttention on tiles of 8 x 16 pixels, restricted to the tiles of a BlockMask."""
+    """FlexAttention on tiles of 8 x 16 pixels, of all key tiles or those of a BlockMask."""
     height, width = k.shape[2:4]
     across = math.ceil(width / TILE_X)
+    # a captured scalar with a gradient fails in FlexAttention's backward pass, a vector does not
     sigmas = sigma.expand(q.shape[0]).contiguous()
 
     def gaussian(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ stages of a frame. The roofline is the work at this device's own fastest matrix 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import baselines
 from eval.timing import Roofline, Row, extra_mib, find_roofline, measure, summarize
 from mana_triton import MANA, MANAConfig, cross_frame_attention, load
-from mana_triton.attention import TOLERANCE
+from mana_triton.attention import STREAM_TOLERANCE, TOLERANCE
 from mana_triton.checkpoint import named_weights
-from mana_triton.engine.upscaler import TOLERANCE as STREAM_TOLERANCE
 from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.kernels import reference
 from mana_triton.model import PRECISIONS
@@ -38,7 +37,6 @@ SMALL_SIZES = ((16, 28), (32, 56), SIZE)
 LARGE_SIZES = ((144, 180), (270, 480), (540, 960))
 FRAMES, CHANNELS, SIGMA = 7, 64, 4.0  # of the attention by itself
 SECONDS = 20.0  # of a table, without --full
-BOUND = "SDPA, no Gaussian"
 
 
 class BenchError(Exception):
@@ -62,48 +60,33 @@ class Device:
 # ---- the attention by itself
 
 
-def ours(
-    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor,
-    gaussian: str = "bias", backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """The attention of this project, at its default tolerance."""
-    return cross_frame_attention(q, k, v, sigma, scale=scale, gaussian=gaussian, backend=backend)
-
-
-@cache
-def _compiled_flex() -> Callable:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def contestants(backend: str, inputs: list[Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """Functions of q, k, v, sigma, scale; FlexAttention on GPUs only: a CPU compiles it slowly."""
+    """Functions of q, k, v, sigma and scale that compute the same attention.
+
+    FlexAttention is compiled, which takes minutes on a CPU, so it runs on GPUs only.
+    """
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+        return cross_frame_attention(q, k, v, sigma, scale=scale, backend=backend)
+
     functions: dict[str, Callable[..., Tensor]] = {
         "dense": baselines.dense,
         "SDPA, mask": baselines.masked_sdpa,
         "SDPA, extra columns": baselines.augmented_sdpa,
-        f"ours, {backend}": partial(ours, backend=backend),
-        f"ours, {backend}, gate": partial(ours, gaussian="gate", backend=backend),
+        f"ours, {backend}": ours,
     }
-    if inputs[0].device.type == "cuda":
-        functions["FlexAttention, dense"] = partial(baselines.flex, attend=_compiled_flex())
     if backend == "triton":
-        mask = _same_tiles(inputs)
-        functions["FlexAttention, same tiles"] = partial(
-            baselines.flex_blocks, attend=_compiled_flex(), mask=mask
-        )
+        from mana_triton.kernels import cross_frame
+
+        q, k, v, sigma, scale = inputs
+        visited = cross_frame.forward(
+            q, k, v, sigma, scale,
+            gaussian="bias", offsets=False, tolerance=TOLERANCE[q.dtype], first_row=0,
+        )  # fmt: skip
+        mask = baselines.block_mask(visited.window_radius, *q.shape[1:3])
+        flex = partial(baselines.flex, attend=torch.compile(flex_attention, dynamic=False))
+        functions |= {"FlexAttention": flex, "FlexAttention, same tiles": partial(flex, mask=mask)}
     return functions
-
-
-def _same_tiles(inputs: list[Tensor]):
-    """The key tiles that our kernels visit for these inputs, as a BlockMask."""
-    from mana_triton.kernels import cross_frame
-
-    q, k, v, sigma, scale = inputs
-    result = cross_frame.forward(
-        q, k, v, sigma, scale,
-        gaussian="bias", offsets=False, tolerance=TOLERANCE[q.dtype], first_row=0,
-    )  # fmt: skip
-    return baselines.block_mask(result.window_radius, *q.shape[1:3])
 
 
 def attention_inputs(size: tuple[int, int], dtype: torch.dtype, device: torch.device):
@@ -154,43 +137,42 @@ def attention_rows(
     """
     inputs = attention_inputs(size, on.dtype, on.device)
     q, k, v, sigma, scale = inputs
-    functions = {BOUND: baselines.plain_sdpa} | contestants(backend, inputs)
     with torch.no_grad():
         density = cross_frame_attention(
             q, k, v, sigma, scale=scale, backend=backend, return_density=True
         )[1]
-        exact = baselines.dense(q, k, v, sigma, scale)
+        dense = baselines.dense(q, k, v, sigma, scale)
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
-    for name, function in functions.items():
-        runs[name] = partial(_both_passes if backward else _forward, function, inputs)
+    for name, function in contestants(backend, inputs).items():
+        run = partial(_both_passes if backward else _forward, function, inputs)
         try:
-            result = _forward(function, inputs)
-            row: Row = {"what": name, "extra_mib": extra_mib(runs[name], on.device)}
-        except RuntimeError as error:  # a peer that PyTorch cannot run here, or out of memory
+            error = check_attention(name, _forward(function, inputs), inputs, dense)
+            rows[name] = {"extra_mib": extra_mib(run, on.device), "relative_error": error}
+        except RuntimeError as error:  # PyTorch cannot run it here, or the memory is too small
             if name.startswith("ours"):
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             rows[name] = {"what": name, "ms": None, "note": f"not run: {reason}"}
-            del runs[name]
             continue
-        if name != BOUND and not name.endswith("gate"):
-            row["relative_error"] = check_attention(name, result, inputs, exact)
-        rows[name] = row
-    del exact
+        runs[name] = run
+    del dense
     ms = measure(runs, on.device, on.seconds)
     for name, times in ms.items():
         visited = density if name.startswith("ours") or name.endswith("same tiles") else 1.0
         flop = (14 if backward else 4) * CHANNELS * FRAMES * visited * (size[0] * size[1]) ** 2
-        row = rows[name] | summarize(name, times, ms.get("dense"))
-        row["tflop_per_s"] = flop / row["ms"] / 1e9
-        row["percent_of_roofline"] = 100 * flop / row["ms"] / on.roofline.flop_per_ms
+        rows[name] |= summarize(name, times, ms.get("dense")) | _rates(flop, times, on)
         if visited < 1:
-            row["note"] = f"visits {visited:.2g} of the pairs"
-        rows[name] = row
-    rows[BOUND]["note"] = "another result: a bound for all pairs"
+            rows[name]["note"] = f"visits {visited:.2g} of the pairs"
     baselines.squared_distances.cache_clear()
     return list(rows.values())
+
+
+def _rates(flop: float, ms: list[float], on: Device) -> Row:
+    """TFLOP/s, and its share of the device's fastest matrix product."""
+    rate = flop / median(ms)
+    share = 100 * rate / on.roofline.flop_per_ms
+    return {"tflop_per_s": rate / 1e9, "percent_of_roofline": share}
 
 
 @torch.no_grad()
@@ -345,10 +327,7 @@ def stage_rows(preset: str, frames: np.ndarray, on: Device) -> list[Row]:
     work = flops(model.config, size, density)
     rows = []
     for name, times in measure(stages, on.device, on.seconds / 3).items():
-        row = summarize(name, times)
-        row["tflop_per_s"] = work[name] / row["ms"] / 1e9
-        row["percent_of_roofline"] = 100 * work[name] / row["ms"] / on.roofline.flop_per_ms
-        rows.append(row)
+        rows.append(summarize(name, times) | _rates(work[name], times, on))
     rows[1]["note"] = f"visits {density:.2g} of the pairs"
     return rows
 

@@ -70,10 +70,6 @@ class TestClip:
         """Number of the scored frame that the report shows."""
         return self.scored[len(self.scored) // 2]
 
-    def identity(self) -> dict:
-        """What a stored result depends on, without reading the frames."""
-        return identity(self.source) | {"scored": [self.scored[0], len(self.scored)]}
-
 
 def identity(source: Source) -> dict:
     """The place of a clip, and what changes with its files."""

@@ -145,8 +145,10 @@ def score(unit: Unit, tick: Callable[[], None]) -> None:
         rows.append(row)
         tick()
     if unit.pictures and worst is not None and middle is not None:
-        write_atomically(unit.file(MIDDLE_PICTURE), _png(middle))
-        write_atomically(unit.file(WORST_PICTURE), _png(worst[1]))
+        for suffix, frame in (MIDDLE_PICTURE, middle), (WORST_PICTURE, worst[1]):
+            buffer = BytesIO()
+            Image.fromarray(frame).save(buffer, "png", compress_level=1)
+            write_atomically(unit.file(suffix), buffer.getvalue())
     result = {
         "clip": unit.clip.name,
         "method": unit.method,
@@ -156,31 +158,6 @@ def score(unit: Unit, tick: Callable[[], None]) -> None:
         "scores": {name: [row[name] for row in rows] for name in rows[0]},
     }
     write_atomically(unit.file(), json.dumps(result))
-
-
-def draw(unit: Unit, worst: int, tick: Callable[[], None]) -> None:
-    """Keep the pictures of a clip that was scored without them; tick as for `score`."""
-    wanted = {unit.clip.middle: [MIDDLE_PICTURE]}
-    wanted.setdefault(worst, []).append(WORST_PICTURE)
-    for index, _, enlarged in pairs(unit, hashlib.sha256()):
-        for suffix in wanted.pop(index, []):
-            write_atomically(unit.file(suffix), _png(enlarged))
-        tick()
-        if not wanted:
-            return
-
-
-def _png(frame: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(frame).save(buffer, "png", compress_level=1)
-    return buffer.getvalue()
-
-
-def _finish(unit: Unit, tick: Callable[[], None]) -> None:
-    if result := unit.load():
-        draw(unit, result["worst"], tick)
-    else:
-        score(unit, tick)
 
 
 # ---- processes
@@ -199,7 +176,7 @@ def compute(units: list[Unit], jobs: int) -> None:
             task = progress.add_task("scoring", total=sum(len(u.clip.scored) for u in waiting))
             if min(jobs, len(waiting)) == 1:
                 for unit in waiting:
-                    _finish(unit, lambda: progress.advance(task))
+                    score(unit, lambda: progress.advance(task))
             else:
                 _compute_in_processes(
                     waiting, jobs, lambda done: progress.update(task, completed=done)
@@ -233,15 +210,15 @@ def _tick() -> None:
         raise Stopped
 
 
-def _finish_in_worker(unit: Unit) -> None:
-    _finish(unit, _tick)
+def _score_in_worker(unit: Unit) -> None:
+    score(unit, _tick)
 
 
 def _compute_in_processes(units: list[Unit], jobs: int, show: Callable[[int], None]) -> None:
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     executor = workers(min(jobs, len(units)), counter, stop)
-    pending = {executor.submit(_finish_in_worker, unit) for unit in units}
+    pending = {executor.submit(_score_in_worker, unit) for unit in units}
     try:
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)

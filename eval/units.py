@@ -87,7 +87,8 @@ class Unit:
     def key(self) -> str:
         """Name of the result; changes with everything that the result depends on."""
         parts = {
-            "clip": self.clip.identity(),
+            "clip": identity(self.clip.source),
+            "scored": [self.clip.scored[0], len(self.clip.scored)],
             "method": split(self.method)[0],
             "weights": self.weights,
             "protocol": asdict(self.protocol),
@@ -106,7 +107,7 @@ class Unit:
         return result if result.keys() >= RESULT else {}
 
     def is_done(self) -> bool:
-        """Whether nothing is left to compute or to draw."""
+        """Whether the result, and the pictures if they are wanted, are kept."""
         drawn = all(self.file(suffix).is_file() for suffix in (MIDDLE_PICTURE, WORST_PICTURE))
         return bool(self.load()) and (drawn or not self.pictures)
 

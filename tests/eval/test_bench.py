@@ -39,7 +39,7 @@ BASELINES = {
     "masked": baselines.masked_sdpa,
     "augmented": baselines.augmented_sdpa,
     "flex": baselines.flex,
-    "flex-blocks": partial(baselines.flex_blocks, mask=every_tile(*SIZE)),
+    "flex-blocks": partial(baselines.flex, mask=every_tile(*SIZE)),
 }
 
 
@@ -99,7 +99,7 @@ def test_wrong_result_is_not_timed(monkeypatch, on):
     right = bench.cross_frame_attention
 
     def wrong(*args, **options):
-        return right(*args, **options) if "return_visited" in options else 1.001 * right(*args)
+        return right(*args, **options) if "return_density" in options else 1.001 * right(*args)
 
     monkeypatch.setattr(bench, "cross_frame_attention", wrong)
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was timed"))

@@ -56,12 +56,6 @@ def test_ssim_is_the_mean_over_whole_windows(size):
     assert 0.3 < rgb < 0.99
 
 
-def test_ssim_of_flat_frames_is_the_luminance_term():
-    a, b = (np.full((12, 14, 3), value, np.uint8) for value in (100, 110))
-    c1 = (0.01 * 255) ** 2
-    assert ssim(a, b) == pytest.approx((2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("rgb", "y"),
     [
@@ -83,6 +77,7 @@ def test_luma(rgb, y):
 
 def test_psnr_of_known_errors():
     a = np.full((6, 8, 3), 100, np.uint8)
+    assert psnr(a, a.copy()) == math.inf
     assert psnr(a, a + np.uint8(1)) == pytest.approx(20 * math.log10(255), abs=1e-9)
     # 255 apart would wrap around in uint8 arithmetic
     assert psnr(np.zeros_like(a), np.full_like(a, 255)) == pytest.approx(0, abs=1e-9)
@@ -93,13 +88,6 @@ def test_psnr_of_known_errors():
     assert psnr(a, one_pixel, y_channel=True) == pytest.approx(
         10 * math.log10(255**2 * 48 / luma**2), abs=1e-9
     )
-
-
-@pytest.mark.parametrize("y_channel", [False, True], ids=["rgb", "y"])
-def test_identical_frames(y_channel):
-    a, _ = noisy_pair(16, 20)
-    assert psnr(a, a.copy(), y_channel=y_channel) == math.inf
-    assert ssim(a, a.copy(), y_channel=y_channel) == pytest.approx(1, abs=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -138,17 +126,6 @@ def test_wrong_frames_are_refused(metric, a, b, crop_border, message):
     frame = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=message):
         metric(frame if a is None else a, frame if b is None else b, crop_border=crop_border)
-
-
-def test_ssim_needs_a_whole_window():
-    frame = np.zeros((16, 10, 3), np.uint8)
-    with pytest.raises(ValueError, match="at least 11x11 pixels must remain"):
-        ssim(frame, frame)
-
-
-def test_luma_of_floats_is_refused():
-    with pytest.raises(ValueError, match=r"rgb must be uint8 .*got float32 \[2, 3\].*round"):
-        rgb_to_y(np.zeros((2, 3), np.float32))
 
 
 # ---- LPIPS
@@ -208,14 +185,6 @@ def test_wrong_backbone_is_refused(tmp_path, state, message):
         save_file(state, file)
     with pytest.raises(metrics.BackboneError, match=message):
         metrics.LPIPS(file)
-
-
-@needs_lpips
-def test_backbone_of_other_shapes_is_refused(tmp_path, backbone):
-    state = load_file(backbone) | {"features.0.weight": torch.zeros(64, 3, 7, 7)}
-    save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(metrics.BackboneError, match=r"size mismatch for slice1.0.weight"):
-        metrics.LPIPS(tmp_path / "x.safetensors")
 
 
 # ---- steadiness

@@ -73,12 +73,6 @@ def test_variants_start_with_equal_weights(trained):
     assert not states[1]["w_z.weight"].any()
 
 
-def test_weights_of_another_shape_are_refused(tmp_path):
-    checkpoint.save(MANA(CONFIG), tmp_path / "a.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match="must have the channels and blocks of ti"):
-        ablate.first_weights(ablate.TINY, 0, str(tmp_path / "a.safetensors"))
-
-
 def test_ablation_writes_its_table_and_is_not_repeated(tmp_path, monkeypatch, capsys):
     small = {"bias": CONFIG, "none": replace(CONFIG, sigma=float("inf"))}
     monkeypatch.setattr(ablate, "GROUPS", {"memory": {}, "weighting": small, "matching": {}})
