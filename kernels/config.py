@@ -1,8 +1,8 @@
-"""Launch configurations: what was measured on this very GPU, else a default of its architecture.
+"""Launch configurations: what was measured on this GPU, else a default of its architecture.
 
 A configuration holds the block sizes of a kernel (BLOCK_M queries, BLOCK_N keys or memory
 entries), num_warps, num_stages and WARP_SPECIALIZE. `python -m mana_triton.kernels.tune` measures
-them and writes tuned.json beside this file.
+them and writes tuned.json next to this file.
 """
 
 import json
@@ -33,50 +33,32 @@ SHARED_MEMORY = {  # bytes a program may have
     "gfx90a": 64 << 10,
 }
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages); none spills, see tests/kernels/compile_budget.json
-_HOPPER = {
-    "cross_frame_forward": (128, 128, 4, 2),
-    "cross_frame_lse": (128, 128, 4, 2),
-    "cross_frame_dq": (128, 128, 8, 2),
-    "cross_frame_dkv": (64, 64, 4, 2),
-    "memory_forward": (64, 64, 4, 3),
-    "memory_backward": (64, 64, 4, 2),
-}
-_HOPPER_128 = {  # D = 128
-    "cross_frame_forward": (128, 64, 4, 2),
-    "cross_frame_lse": (128, 64, 8, 2),
-    "cross_frame_dq": (128, 64, 8, 2),
-    "cross_frame_dkv": (32, 64, 4, 2),
-    "memory_forward": (128, 64, 8, 2),
-    "memory_backward": (64, 32, 4, 2),
-}
-_AMPERE = {
-    "cross_frame_forward": (128, 64, 4, 2),
-    "cross_frame_lse": (128, 64, 4, 2),
-    "cross_frame_dq": (64, 32, 4, 2),
-    "cross_frame_dkv": (32, 64, 4, 2),
-    "memory_forward": (64, 64, 4, 2),
-    "memory_backward": (64, 64, 4, 2),
-}
-_AMPERE_32 = _AMPERE | {  # D = 16 and 32
-    "cross_frame_forward": (128, 64, 4, 3),
-    "cross_frame_dq": (128, 64, 8, 2),
-}
-_AMPERE_128 = {
-    "cross_frame_forward": (128, 64, 8, 2),
-    "cross_frame_lse": (64, 64, 4, 2),
-    "cross_frame_dq": (64, 32, 4, 2),
-    "cross_frame_dkv": (32, 64, 4, 2),
-    "memory_forward": (128, 32, 8, 2),
-    "memory_backward": (64, 64, 8, 2),
-}
-_FLOAT = dict.fromkeys(KERNELS, (32, 32, 4, 1))
-_AMD = dict.fromkeys(KERNELS, (64, 64, 2, 1))  # a warp is 64 threads wide
-_AMD_128 = dict.fromkeys(KERNELS, (32, 32, 1, 1))
-_INTERPRETER = dict.fromkeys(KERNELS, (64, 64, 4, 1)) | {
-    "memory_forward": (64, 256, 4, 1),
-    "memory_backward": (64, 256, 4, 1),
-}
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by kernel, in the order of KERNELS; none spills, see
+# tests/kernels/compile_budget.json
+_HOPPER = (
+    (128, 128, 4, 2), (128, 128, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2),
+    (64, 64, 4, 3), (64, 64, 4, 2),
+)  # fmt: skip
+_HOPPER_128 = (  # D = 128
+    (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2),
+    (128, 64, 8, 2), (64, 32, 4, 2),
+)  # fmt: skip
+_AMPERE_32 = (  # D = 16 and 32
+    (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2),
+    (64, 64, 4, 2), (64, 64, 4, 2),
+)  # fmt: skip
+_AMPERE = (
+    (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2),
+    (64, 64, 4, 2), (64, 64, 4, 2),
+)  # fmt: skip
+_AMPERE_128 = (
+    (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2),
+    (128, 32, 8, 2), (64, 64, 8, 2),
+)  # fmt: skip
+_FLOAT = ((32, 32, 4, 1),) * 6
+_AMD = ((64, 64, 2, 1),) * 6  # a warp is 64 threads wide
+_AMD_128 = ((32, 32, 1, 1),) * 6
+_INTERPRETER = ((64, 64, 4, 1),) * 4 + ((64, 256, 4, 1),) * 2
 
 _pinned: dict[str, dict] = {}  # see `pinned`
 _warned: set[str] = set()  # GPUs
@@ -116,11 +98,14 @@ def _launch_config(kernel, d, dtype, height, width, device) -> dict:
     if device.type == "cpu":
         return default_config(kernel, "cpu", d, dtype)
     gpu = torch.cuda.get_device_name(device)
-    entry = nearest(tuned(), gpu, kernel, d, dtype, height, width)
-    if entry:
-        return entry["config"]
-    _warn_untuned(kernel, gpu)
-    return default_config(kernel, architecture(device), d, dtype)
+    key = (gpu, kernel, d, dtype_name(dtype))
+    matching = [x for x in tuned() if (x["gpu"], x["kernel"], x["d"], x["dtype"]) == key]
+    if not matching:
+        _warn_untuned(kernel, gpu)
+        return default_config(kernel, architecture(device), d, dtype)
+    pixels = height * width
+    nearest = min(matching, key=lambda x: abs(math.log(x["height"] * x["width"] / pixels)))
+    return nearest["config"]
 
 
 def _warn_untuned(kernel: str, gpu: str) -> None:
@@ -140,31 +125,25 @@ def tuned() -> list[dict]:
     return json.loads(TUNED.read_text()) if TUNED.exists() else []
 
 
+def record(entry: dict) -> None:
+    """Write an entry to tuned.json; it replaces an older one of its case."""
+
+    def case(x: dict) -> tuple:
+        return tuple(x[key] for key in ("gpu", "kernel", "d", "dtype", "height", "width"))
+
+    entries = [x for x in tuned() if case(x) != case(entry)] + [entry]
+    lines = ",\n".join(json.dumps(x) for x in sorted(entries, key=case))
+    draft = TUNED.with_suffix(".tmp")
+    draft.write_text(f"[\n{lines}\n]\n")
+    draft.replace(TUNED)
+    forget()
+
+
 def forget() -> None:
     """Read tuned.json, and warn, again at the next lookup."""
     _warned.clear()
     tuned.cache_clear()
     _launch_config.cache_clear()
-
-
-def nearest(
-    entries: list[dict],
-    gpu: str,
-    kernel: str,
-    d: int,
-    dtype: torch.dtype,
-    height: int,
-    width: int,
-) -> dict | None:
-    """The entry of this GPU, kernel, D and dtype whose frame is nearest in (log) size."""
-    key = (gpu, kernel, d, dtype_name(dtype))
-    matching = [e for e in entries if (e["gpu"], e["kernel"], e["d"], e["dtype"]) == key]
-    pixels = height * width
-    return min(
-        matching,
-        key=lambda e: abs(math.log(e["height"] * e["width"] / pixels)),
-        default=None,
-    )
 
 
 def default_config(kernel: str, arch: str, d: int, dtype: torch.dtype) -> dict:
@@ -190,14 +169,18 @@ def default_config(kernel: str, arch: str, d: int, dtype: torch.dtype) -> dict:
         table = _HOPPER if d <= 64 else _HOPPER_128
     else:
         table = _AMPERE_32 if d <= 32 else _AMPERE if d == 64 else _AMPERE_128
-    block_m, block_n, warps, stages = table[kernel]
+    specialize = kernel == "cross_frame_forward" and table in (_HOPPER, _HOPPER_128)
+    return launch_options(*table[KERNELS.index(kernel)], specialize)
+
+
+def launch_options(
+    block_m: int, block_n: int, warps: int, stages: int, specialize: bool = False
+) -> dict:
+    """A configuration: options of one launch."""
     return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": warps,
-        "num_stages": stages,
-        "WARP_SPECIALIZE": kernel == "cross_frame_forward" and table in (_HOPPER, _HOPPER_128),
-    }
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages,
+        "WARP_SPECIALIZE": specialize,
+    }  # fmt: skip
 
 
 def architecture(device: torch.device) -> str:

@@ -83,6 +83,11 @@ class Sizes(NamedTuple):
         return tiles_in(self.height, self.width)[0] * self.tiles_x * PIXELS
 
     @property
+    def pixels(self) -> tuple[int, ...]:
+        """The sizes in pixels, and tiles_x, as the kernels take them."""
+        return *self[3:], self.tiles_x, self.q_pixels, self.k_pixels
+
+    @property
     def query_tiles(self) -> int:
         return query_tiles(self.rows, self.width)
 

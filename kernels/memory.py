@@ -49,14 +49,9 @@ def _forward_kernel(
     scale_ptr,  # []
     y_ptr,  # [P, D]
     lse_ptr,  # [P], base 2
-    P,
-    N,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    P, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     # one program per BLOCK_M pixels
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < P
@@ -164,16 +159,10 @@ def _backward_kernel(
     dq_ptr,  # [P, D]
     dm_ptr,  # [chunks, D, N]
     dscale_ptr,  # [pixel tiles]
-    P,
-    N,
-    pixel_tiles,
-    chunk_tiles,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    P, N, pixel_tiles, chunk_tiles,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     # one program per BLOCK_M pixels, then one per BLOCK_N entries and chunk of pixels
     scale = tl.load(scale_ptr)
     program = tl.program_id(0)
@@ -258,7 +247,8 @@ def _check(q: Tensor, memory: Tensor) -> None:
         )
 
 
-def _config(kernel: str, q: Tensor) -> dict:
+def launch_config(kernel: str, q: Tensor) -> dict:
+    """Launch options of a kernel for queries [B, H, W, D]."""
     height, width, d = q.shape[1:]
     return config.launch_config(kernel, d, q.dtype, height, width, q.device)
 
@@ -266,7 +256,7 @@ def _config(kernel: str, q: Tensor) -> dict:
 @torch.library.custom_op("mana::memory_attention", mutates_args=())
 def _attention(q: Tensor, memory: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     q, memory = q.contiguous(), memory.contiguous()
-    return forward(q, memory, scale, _config("memory_forward", q))
+    return forward(q, memory, scale, launch_config("memory_forward", q))
 
 
 @_attention.register_fake
@@ -279,7 +269,7 @@ def _attention_backward(
     do: Tensor, q: Tensor, memory: Tensor, scale: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, memory, y = (x.contiguous() for x in (do, q, memory, y))
-    return backward(do, q, memory, scale, y, lse, _config("memory_backward", q))
+    return backward(do, q, memory, scale, y, lse, launch_config("memory_backward", q))
 
 
 @_attention_backward.register_fake

@@ -53,11 +53,8 @@ def _fold_kernel(
     shift_ptr,  # [N, C], b
     folded_ptr,  # [N, J, D, C], W'
     offset_ptr,  # [N, J, D], b'
-    C: tl.constexpr,
-    D: tl.constexpr,
-    J: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    C: tl.constexpr, D: tl.constexpr, J: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     # one program per ROWS rows of every W_j and frame
     frame = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -348,17 +348,9 @@ class _CrossFrame(torch.autograd.Function):
 
 
 def cross_frame_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    *,
-    gaussian: str = "bias",
-    offsets: bool = False,
-    tolerance: float = 1e-6,
-    first_row: int = 0,
-) -> CrossFrame:
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, *,
+    gaussian: str, offsets: bool, tolerance: float, first_row: int,
+) -> CrossFrame:  # fmt: skip
     """`reference.cross_frame_attention` in O(HW) memory, exact to the certified tolerance.
 
     Args:
@@ -371,20 +363,9 @@ def cross_frame_attention(
 
 
 def backward(
-    do: Tensor,
-    dd: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    *,
-    gaussian: str,
-    offsets: bool,
-    tolerance: float,
-    first_row: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, dd: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, sigma: Tensor,
+    scale: Tensor, *, gaussian: str, offsets: bool, tolerance: float, first_row: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `cross_frame_attention` where its results were not kept: it runs again."""
     _, bias, plain = _forward(q, k, v, sigma, scale, gaussian, tolerance, first_row)
     dd = dd if offsets else torch.zeros_like(bias.displacement)

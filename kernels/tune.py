@@ -5,10 +5,10 @@
     python -m mana_triton.kernels.tune --compile-only sm_80,sm_90          needs no GPU
 
 Every candidate is compiled first and dropped if it spills registers, does not fit into shared
-memory or computes scores twice; then its results are compared with float64; then it is timed,
-through the public operation, most promising first. The winners go into tuned.json, which the
-kernels read. A run that was stopped goes on where it was: what this GPU and these versions have
-measured is not measured again. The last line of stdout is one JSON object.
+memory or computes scores twice. Then its results are compared with float64, then it is timed, most
+promising first. The winners are written to tuned.json, which the kernels read. An interrupted run
+continues: what this GPU and these versions have measured is not measured again. Progress is
+printed to stderr; the last line of stdout is one JSON object.
 """
 
 import argparse
@@ -27,9 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 from . import config, cross_frame, memory, reference
@@ -43,7 +40,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class Case(NamedTuple):
-    """What a configuration is sought for."""
+    """A kernel and the operands that a configuration is searched for."""
 
     kernel: str
     d: int
@@ -68,13 +65,13 @@ def candidates(kernel: str, arch: str, d: int, dtype: torch.dtype) -> list[dict]
         # fewer than 16 scores leave a thread idle, more than 128 do not fit into its registers
         if not 16 <= m * n // (warp * w) <= 128 or (flag and (m, w) != (128, 4)):
             continue
-        options = {
-            "BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": stage,
-            "WARP_SPECIALIZE": flag,
-        }  # fmt: skip
+        options = config.launch_options(m, n, w, stage, flag)
         if options != default:
             found.append(options)
     return found
+
+
+# --- compilation
 
 
 class Request(NamedTuple):
@@ -103,7 +100,7 @@ def compile_pool() -> ProcessPoolExecutor:
 def compile_all(
     pool: ProcessPoolExecutor, requests: list[Request]
 ) -> Iterator[dict[str, Compiled | str]]:
-    """What becomes of each request, in their order."""
+    """The results of the requests, in their order."""
     return pool.map(compile_request, requests)
 
 
@@ -117,8 +114,28 @@ def verdict(compiled: dict[str, Compiled | str], arch: str) -> str:
 
 
 def cost(compiled: dict[str, Compiled | str]) -> float:
-    """Instructions per score of all hot loops: what promises speed before anything is timed."""
+    """Instructions per score of all hot loops: the expected speed before anything is timed."""
     return sum(sum(x.instructions) for x in compiled.values() if isinstance(x, Compiled))
+
+
+def sound_candidates(
+    key: tuple[str, int, torch.dtype], arch: str, compile_all: Callable
+) -> list[tuple[dict, Compiled]]:
+    """The candidates without flaws and their compilations, most promising first."""
+    kernel, d, dtype = key
+    options = candidates(kernel, arch, d, dtype)
+    requests = [Request(kernel, arch, d, dtype, x) for x in options]
+    sound = []
+    for option, compiled in zip(options, compile_all(requests), strict=True):
+        if reason := verdict(compiled, arch):
+            report(f"dropped {kernel} {describe(option)}: {reason}")
+        else:
+            sound.append((cost(compiled), option, compiled[kernel]))
+    sound.sort(key=lambda x: x[0])
+    return [(option, result) for _, option, result in sound]
+
+
+# --- the operations
 
 
 class Problem(NamedTuple):
@@ -138,69 +155,50 @@ def make_problem(case: Case, height: int, width: int, device: torch.device, exac
 
     q, scale = normal(1, height, width), torch.tensor(case.d**-0.5, device=device)
     if case.kernel.startswith("memory"):
-        entries = normal(ENTRIES).T.contiguous()
-        return _memory_problem(case.kernel, q, entries, scale)
+        return _memory_problem(case.kernel, [q, normal(ENTRIES).T.contiguous(), scale])
     k, v = (normal(1, FRAMES, height, width) for _ in range(2))
     inputs = [q, k, v, torch.tensor(SIGMA, device=device), scale]
     return _cross_frame_problem(case.kernel, inputs, 0.0 if exact else 1e-3)
 
 
-def _memory_problem(kernel: str, q: Tensor, entries: Tensor, scale: Tensor) -> Problem:
-    do = torch.randn_like(q)
-
-    def differentiated(wide: bool) -> list[Tensor]:
-        inputs = [x.double() if wide else x for x in (q, entries, scale)]
-        return _reference(reference.memory_attention, inputs, do, 2 if is_backward(kernel) else 0)
-
-    height, width, d = q.shape[1:]
-    options = partial(config.launch_config, d=d, dtype=q.dtype, height=height, width=width)
-    forward = partial(memory.forward, q, entries, scale)
-    if not is_backward(kernel):
-        return Problem(
-            lambda: [forward(options("memory_forward", device=q.device))[0]], differentiated
-        )
-    y, lse = forward(options("memory_forward", device=q.device))
+def _memory_problem(kernel: str, inputs: list[Tensor]) -> Problem:
+    q = inputs[0]
+    do, wanted = torch.randn_like(q), 2 if is_backward(kernel) else 0
+    definition = partial(_reference, reference.memory_attention, inputs, do, wanted)
+    y, lse = memory.forward(*inputs, memory.launch_config("memory_forward", q))
 
     def run() -> list[Tensor]:
-        launch = options("memory_backward", device=q.device)
-        return [*memory.backward(do, q, entries, scale, y, lse, launch)[:2]]
+        options = memory.launch_config(kernel, q)
+        if is_backward(kernel):
+            return [*memory.backward(do, *inputs, y, lse, options)[:2]]
+        return [memory.forward(*inputs, options)[0]]
 
-    return Problem(run, differentiated)
+    return Problem(run, definition)
 
 
 def _cross_frame_problem(kernel: str, inputs: list[Tensor], tolerance: float) -> Problem:
     options: dict[str, Any] = {"offsets": False, "first_row": 0}
     options["gaussian"] = "gate" if kernel == "cross_frame_lse" else "bias"
-    do = torch.randn_like(inputs[2])
-
-    def definition(*x: Tensor) -> Tensor:
-        return reference.cross_frame_attention(*x, **options).o
-
-    def differentiated(wide: bool) -> list[Tensor]:
-        wanted = 3 if is_backward(kernel) else 0
-        return _reference(definition, [x.double() if wide else x for x in inputs], do, wanted)
-
+    do, wanted = torch.randn_like(inputs[2]), 3 if is_backward(kernel) else 0
+    operation = partial(reference.cross_frame_attention, **options)
+    definition = partial(_reference, lambda *x: operation(*x).o, inputs, do, wanted)
     forward = partial(cross_frame.forward, *inputs, **options, tolerance=tolerance)
     if not is_backward(kernel):
-        return Problem(lambda: [forward().o], differentiated)
+        return Problem(lambda: [forward().o], definition)
     result = forward()
     dlse = torch.zeros_like(result.lse)
-
-    def run() -> list[Tensor]:
-        return [*cross_frame.backward(do, dlse, dlse, *inputs, result, **options)[:3]]
-
-    return Problem(run, differentiated)
+    backward = partial(cross_frame.backward, do, dlse, dlse, *inputs, result, **options)
+    return Problem(lambda: [*backward()[:3]], definition)
 
 
 def _reference(
-    function: Callable[..., Tensor], inputs: list[Tensor], do: Tensor, differentiable: int
+    function: Callable[..., Tensor], inputs: list[Tensor], do: Tensor, wanted: int, wide: bool
 ) -> list[Tensor]:
-    """The output, or the gradients of the first inputs."""
-    inputs = [x.detach().requires_grad_(n < differentiable) for n, x in enumerate(inputs)]
+    """The output of a definition, or the gradients of its first `wanted` inputs."""
+    inputs = [x.double() if wide else x.clone() for x in inputs]
+    leaves = [x.requires_grad_() for x in inputs[:wanted]]
     o = function(*inputs)
-    if not differentiable:
-        return [o]
-    return [*torch.autograd.grad(o, inputs[:differentiable], do.to(o.dtype))]
+    return [*torch.autograd.grad(o, leaves, do.to(o.dtype))] if wanted else [o]
 
 
 def is_backward(kernel: str) -> bool:
@@ -229,6 +227,9 @@ def measure(case: Case, device: torch.device) -> tuple[float, float, float]:
     return ms, low, high
 
 
+# --- the search
+
+
 def tune(
     cases: list[Case],
     device: torch.device,
@@ -248,43 +249,24 @@ def tune(
     """
     gpu, arch = torch.cuda.get_device_name(device), config.architecture(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    console = Console(stderr=True)
     sound: dict[tuple, list[tuple[dict, Compiled]]] = {}
     entries = []
-    columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        whole = progress.add_task("cases", total=len(cases))
-        for case in cases:
-            entry = find(config.tuned(), gpu, case)
-            if not (entry and entry["complete"] and versions.items() <= entry.items()):
-                key = case[:3]
-                if key not in sound:
-                    sound[key] = check_candidates(key, arch, compile_all, console)
-                found = search(case, sound[key], device, deadline, progress, measure, wrong)
-                if found is None:
-                    continue
-                entry = {"gpu": gpu, **_fields(case), **found, **versions}
-                record(entry)
-            entries.append(entry)
-            progress.advance(whole)
+    for n, case in enumerate(cases, 1):
+        fields = {"gpu": gpu, **case._asdict(), "dtype": config.dtype_name(case.dtype)}
+        same = [x for x in config.tuned() if fields.items() <= x.items()]
+        entry = next((x for x in same if x["complete"] and versions.items() <= x.items()), None)
+        if entry is None:
+            key = case[:3]
+            if key not in sound:
+                sound[key] = sound_candidates(key, arch, compile_all)
+            found = search(case, sound[key], device, deadline, measure, wrong)
+            if found is None:
+                continue
+            entry = {**fields, **found, **versions}
+            config.record(entry)
+        report(f"{n}/{len(cases)} {case}: {describe(entry['config'])} {entry['ms']:.4g} ms")
+        entries.append(entry)
     return entries
-
-
-def check_candidates(
-    key: tuple, arch: str, compile_all: Callable, console: Console
-) -> list[tuple[dict, Compiled]]:
-    """The candidates without flaws and what they compile to, most promising first."""
-    kernel, d, dtype = key
-    configs = candidates(kernel, arch, d, dtype)
-    requests = [Request(kernel, arch, d, dtype, options) for options in configs]
-    sound = []
-    for options, compiled in zip(configs, compile_all(requests), strict=True):
-        if reason := verdict(compiled, arch):
-            console.print(f"dropped {kernel} {describe(options)}: {reason}", highlight=False)
-        else:
-            sound.append((cost(compiled), options, compiled[kernel]))
-    sound.sort(key=lambda x: x[0])
-    return [(options, result) for _, options, result in sound]
 
 
 def search(
@@ -292,121 +274,71 @@ def search(
     sound: list[tuple[dict, Compiled]],
     device: torch.device,
     deadline: float,
-    progress: Progress,
     measure: Callable,
     wrong: Callable,
 ) -> dict | None:
     """The fastest of the candidates as fields of an entry; None if there was no time for any."""
     best, complete = None, True
-    task = progress.add_task(str(case), total=len(sound))
-    for options, compiled in sound:
+    for option, compiled in sound:
         if time.monotonic() > deadline:
             complete = False
             break
-        with config.pinned(case.kernel, options):
+        with config.pinned(case.kernel, option):
             if reason := wrong(case, device):
-                progress.console.print(f"dropped {case} {describe(options)}: {reason}")
-            else:
-                ms, p20, p80 = measure(case, device)
-                if best is None or ms < best["ms"]:
-                    best = {
-                        "config": options, "ms": ms, "p20": p20, "p80": p80,
-                        "registers": compiled.registers, "shared": compiled.shared,
-                    }  # fmt: skip
-        progress.advance(task)
-    progress.remove_task(task)
+                report(f"dropped {case} {describe(option)}: {reason}")
+                continue
+            ms, p20, p80 = measure(case, device)
+        if best is None or ms < best["ms"]:
+            best = {
+                "config": option, "ms": ms, "p20": p20, "p80": p80,
+                "registers": compiled.registers, "shared": compiled.shared,
+            }  # fmt: skip
     if best is None and complete:
         raise RuntimeError(f"no candidate of {case} compiles without flaws and is right")
     return best and {**best, "complete": complete}
 
 
-def _fields(case: Case) -> dict:
-    return {**case._asdict(), "dtype": config.dtype_name(case.dtype)}
+def report(line: str) -> None:
+    """Print progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def find(entries: list[dict], gpu: str, case: Case) -> dict | None:
-    """The entry of exactly this case."""
-    fields = {"gpu": gpu, **_fields(case)}
-    return next((entry for entry in entries if fields.items() <= entry.items()), None)
-
-
-def record(entry: dict) -> None:
-    """Put an entry into tuned.json, in the place of an older one of its case."""
-    keys = ("gpu", "kernel", "d", "dtype", "height", "width")
-
-    def place(x: dict) -> tuple:
-        return tuple(x[key] for key in keys)
-
-    entries = [x for x in config.tuned() if place(x) != place(entry)] + [entry]
-    lines = ",\n".join(json.dumps(x) for x in sorted(entries, key=place))
-    draft = config.TUNED.with_suffix(".tmp")
-    draft.write_text(f"[\n{lines}\n]\n")
-    draft.replace(config.TUNED)
-    config.forget()
-
-
-def describe(config: dict) -> str:
+def describe(options: dict) -> str:
     """A configuration in a few characters: 128x64 w4 s2 ws."""
-    flag = " ws" if config["WARP_SPECIALIZE"] else ""
-    return (
-        f"{config['BLOCK_M']}x{config['BLOCK_N']} w{config['num_warps']} s{config['num_stages']}"
-        f"{flag}"
-    )
+    m, n, warps, stages, specialize = options.values()
+    return f"{m}x{n} w{warps} s{stages}{' ws' if specialize else ''}"
 
 
-def show(entries: list[dict]) -> None:
-    """The winners, on stdout."""
-    table = Table("kernel", "frame", "D", "type", "configuration", "ms", "p20", "p80", "registers")
-    for entry in entries:
-        table.add_row(
-            entry["kernel"], f"{entry['height']}x{entry['width']}", str(entry["d"]),
-            entry["dtype"], describe(entry["config"]), *(f"{entry[x]:.4g}" for x in ("ms", "p20",
-            "p80")), str(entry["registers"]),
-        )  # fmt: skip
-    Console(width=140).print(table)
+# --- the command
 
 
 def compile_only(kernels: list[str], archs: list[str], ds: list[int], dtypes: list[str]) -> dict:
-    """Compile every candidate, print what it became, and return the same as one object."""
+    """Compile every candidate, print a line for each, and return the same as one object."""
     requests = [
         Request(kernel, arch, d, DTYPES[name], options)
         for kernel, arch, d, name in product(kernels, archs, ds, dtypes)
         for options in candidates(kernel, arch, d, DTYPES[name])
     ]
-    table = Table(
-        "kernel", "arch", "D", "type", "configuration", "registers", "spills", "shared KiB",
-        "programs/core", "matrix", "instructions/score", "verdict",
-    )  # fmt: skip
     rows = []
-    with compile_pool() as pool, Progress(console=Console(stderr=True)) as progress:
-        results = progress.track(compile_all(pool, requests), total=len(requests))
-        for request, compiled in zip(requests, results, strict=True):
+    with compile_pool() as pool:
+        for request, compiled in zip(requests, compile_all(pool, requests), strict=True):
             for name, result in compiled.items():
-                where = {
+                failed = isinstance(result, str)
+                row = {
                     "kernel": name, "arch": request.arch, "d": request.d,
                     "dtype": config.dtype_name(request.dtype), "config": request.config,
+                    **({} if failed else vars(result)),
+                    "flaws": [result] if failed else result.flaws(request.arch),
                 }  # fmt: skip
-                if isinstance(result, str):
-                    figures, flaws = {}, [result]
-                else:
-                    figures, flaws = vars(result), result.flaws(request.arch)
-                rows.append({**where, **figures, "flaws": flaws})
-                table.add_row(*_cells(rows[-1]))
-    Console(width=190).print(table)
+                rows.append(row)
+                head = f"{name} {request.arch} D={request.d} {row['dtype']}"
+                figures = "" if failed else (
+                    f" {result.registers} registers, {result.shared} bytes shared, "
+                    f"{' + '.join(f'{x:.2f}' for x in result.instructions)} instructions/score"
+                )  # fmt: skip
+                flaws = "; ".join(row["flaws"]) or "ok"
+                print(f"{head} {describe(request.config)}:{figures} {flaws}", flush=True)
     return {"rows": rows, "triton": triton.__version__}
-
-
-def _cells(row: dict) -> list[str]:
-    cells = [row["kernel"], row["arch"], str(row["d"]), row["dtype"], describe(row["config"])]
-    if "registers" in row:
-        cells += [
-            str(row["registers"]), str(row["spills"]), f"{row['shared'] / 1024:.1f}",
-            str(row["occupancy"] or "-"), row["matrix"] or "none",
-            " + ".join(f"{x:.2f}" for x in row["instructions"]),
-        ]  # fmt: skip
-    else:
-        cells += [""] * 6
-    return [*cells, "; ".join(row["flaws"]) or "ok"]
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -420,10 +352,9 @@ def shapes(text: str) -> list[tuple[int, int]]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m mana_triton.kernels.tune",
-        description=__doc__,
+        prog="python -m mana_triton.kernels.tune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     kernels, archs = ", ".join(config.KERNELS), ", ".join(config.ARCHITECTURES)
     add("--kernels", nargs="+", choices=config.KERNELS, default=config.KERNELS, metavar="KERNEL",
@@ -459,7 +390,6 @@ def main() -> None:
     with compile_pool() as pool:
         deadline = time.monotonic() + 60 * args.minutes
         entries = tune(cases, device, deadline, partial(compile_all, pool))
-    show(entries)
     complete = len(entries) == len(cases) and all(entry["complete"] for entry in entries)
     print(json.dumps({"entries": entries, "complete": complete}))
 

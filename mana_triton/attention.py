@@ -145,17 +145,9 @@ def _on_backend(
 
 @torch.library.custom_op("mana::cross_frame_attention", mutates_args=())
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    gaussian: str,
-    offsets: bool,
-    tolerance: float,
-    first_row: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, gaussian: str, offsets: bool,
+    tolerance: float, first_row: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`cross_frame_attention` on checked arguments: o, displacement, lse, density, window radius.
 
     The displacement is [0] without `offsets`, the window radius on backend "tiled", where the
@@ -196,24 +188,10 @@ def _(q, k, v, sigma, scale, gaussian, offsets, tolerance, first_row, backend):
 
 @torch.library.custom_op("mana::cross_frame_attention_backward", mutates_args=())
 def _attend_backward(
-    do: Tensor,
-    dd: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    o: Tensor,
-    displacement: Tensor,
-    lse: Tensor,
-    window_radius: Tensor,
-    gaussian: str,
-    offsets: bool,
-    tolerance: float,
-    first_row: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, dd: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, sigma: Tensor,
+    scale: Tensor, o: Tensor, displacement: Tensor, lse: Tensor, window_radius: Tensor,
+    gaussian: str, offsets: bool, tolerance: float, first_row: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, sigma and scale from those of o, displacement and lse."""
     grads, inputs = (do, dd, dlse), (q, k, v, sigma, scale)
     options = {"gaussian": gaussian, "offsets": offsets, "first_row": first_row}

@@ -1,57 +1,40 @@
-"""Weights on disk: safetensors with the configuration in the metadata, and the official layout.
+"""Weights files: safetensors with the configuration in the metadata, and the official layout.
 
-A checkpoint of ours is a safetensors file whose metadata holds {"format": "mana_triton/1",
-"config": JSON of MANAConfig, ...}. A .pt or .pth file in the official layout is read with
-torch's weights-only loader, never as a raw pickle, and its names are mapped to ours.
+A checkpoint of mana_triton is a safetensors file whose metadata holds {"format": "mana_triton/1",
+"config": JSON of MANAConfig, ...}; fields that a file lacks take their defaults. A .pt or .pth file
+in the official layout is read with torch's weights-only loader, never as a raw pickle, and its
+names are mapped to ours.
 """
 
-import contextlib
 import json
-import os
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mana_triton.files import write_atomically
 from mana_triton.model import MANA, MANAConfig
 
 FORMAT = "mana_triton/1"
 WEIGHTS = Path(__file__).parent / "weights"
 WRAPPERS = ("model_state_dict", "state_dict", "params_ema", "params-ema", "params", "model", "net")
 OFFICIAL = {  # nonloc_spatial.* -> ours
-    "g": "g",
-    "theta": "theta",
-    "phi": "phi",
-    "W_z": "w_z",
-    "W_z1": "w_z1",
-    "norm": "norm",
-    "std": "sigma",
-    "mb": "memory",
-}
-# what torch's weights-only unpickler lets through when bytes are damaged, beside its own error
+    "g": "g", "theta": "theta", "phi": "phi", "W_z": "w_z", "W_z1": "w_z1",
+    "norm": "norm", "std": "sigma", "mb": "memory",
+}  # fmt: skip
+# what torch's weights-only unpickler raises on damaged bytes, in addition to its own error
 UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, ArithmeticError, AssertionError,
+    AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
     ValueError,
-)
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -59,16 +42,16 @@ class CheckpointError(Exception):
 
 
 def named_weights() -> list[str]:
-    """Names of the weights that this installation ships."""
+    """Names of the shipped weights."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
 def load(name_or_path: str | Path) -> MANA:
-    """The model in a named or given weights file, in float32, on the CPU, in evaluation mode.
+    """Load a model, in float32, on the CPU, in evaluation mode.
 
     Args:
-        name_or_path: a shipped name such as "tiny", a .safetensors file of ours, or a .pt or .pth
-            file in the official layout.
+        name_or_path: a shipped name such as "tiny", a .safetensors file written by `save`, or a
+            .pt or .pth file in the official layout.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or a tensor that does not fit.
@@ -81,10 +64,8 @@ def load(name_or_path: str | Path) -> MANA:
         raise CheckpointError(
             f"weights must be a shipped name ({shipped}) or an existing file, got '{name_or_path}'"
         )
-    if path.suffix == ".safetensors":
-        config, state = _read_safetensors(path)
-    else:
-        config, state = _read_official(path)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_official
+    config, state = read(path)
     try:
         model = MANA(config)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -97,33 +78,25 @@ def load(name_or_path: str | Path) -> MANA:
 def save(
     model: MANA, path: str | Path, *, dtype: torch.dtype = torch.float32, **metadata: str
 ) -> None:
-    """Write a checkpoint; a file with the final name is always complete.
+    """Write a checkpoint atomically.
 
     Args:
         model: the model to save.
         path: the .safetensors file.
         dtype: stored type of the weights; float16 halves the file.
-        metadata: strings kept beside the configuration, such as training results.
+        metadata: strings to store with the configuration, such as training results.
     """
-    path = Path(path)
-    state = {
-        name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()
-    }
+    state = {k: x.detach().to("cpu", dtype).contiguous() for k, x in model.state_dict().items()}
     info = {"format": FORMAT, "config": json.dumps(asdict(model.config)), **metadata}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
-    os.close(descriptor)
-    try:
-        save_file(state, temporary, info)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+    write_atomically(Path(path), safetensors.torch.save(state, info))
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The strings stored in one of our files."""
+    """The strings stored in a safetensors file.
+
+    Raises:
+        CheckpointError: it is no safetensors file.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -146,24 +119,25 @@ def _read_safetensors(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
         return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _no_configuration(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} holds no readable configuration ({_first_line(error)})")
-
-
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _no_configuration(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} holds no readable configuration ({_reason(error)})")
+
+
 def _read_official(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
-    """Configuration deduced from, and names mapped from, the official layout."""
+    """The configuration deduced from a file in the official layout, and its weights renamed."""
     try:
-        # mapped, because the table D that is dropped can be larger than the memory
+        # mapped, because the unused table D can be larger than the memory
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} must be a .safetensors file or a PyTorch file of plain tensors: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
     state = _map_official(path, _unwrap(path, content))
     first, memory = state["conv_first.weight"], state.get("memory", torch.empty(0, 0))
@@ -173,23 +147,18 @@ def _read_official(path: Path) -> tuple[MANAConfig, dict[str, Tensor]]:
             f"got {list(first.shape)}"
         )
     if memory.ndim != 2:
-        raise CheckpointError(
-            f"{path}: tensor memory must have shape [D, N], got {list(memory.shape)}"
-        )
+        shape = list(memory.shape)
+        raise CheckpointError(f"{path}: tensor memory must have shape [D, N], got {shape}")
     count = {part: _blocks(state, part) for part in ("encoder", "decoder")}
     config = MANAConfig(
-        channels=first.shape[0],
-        encoder_blocks=count["encoder"],
-        decoder_blocks=count["decoder"],
-        memory_slots=memory.shape[1],
-        gaussian="gate",
-        logit_scale=1.0,
-    )
+        channels=first.shape[0], encoder_blocks=count["encoder"], decoder_blocks=count["decoder"],
+        memory_slots=memory.shape[1], gaussian="gate", logit_scale=1.0,
+    )  # fmt: skip
     return config, state
 
 
 def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
-    """The state dict inside wrappers such as {"state_dict": ...}, without `module.`."""
+    """The state dict inside wrappers such as {"state_dict": ...}, without the prefix `module.`."""
     while isinstance(content, dict):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -212,7 +181,7 @@ def _map_official(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
             if part == "D":  # a table of distances, [HW, HW]
                 continue
             name = ".".join([OFFICIAL.get(part, part), *rest])
-        # only the square of std enters that network: its sign means nothing
+        # that network uses only the square of std
         mapped[name] = x.reshape(()).abs() if name == "sigma" and x.numel() == 1 else x
     if "conv_first.weight" not in mapped or "sigma" not in mapped:
         missing = "conv_first.weight" if "conv_first.weight" not in mapped else "nonloc_spatial.std"
@@ -237,9 +206,8 @@ def _check(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) ->
             )
     for name, x in state.items():
         if name not in expected:
-            raise CheckpointError(
-                f"{path} holds {name} {list(x.shape)}, which this model does not have"
-            )
-        # an infinite sigma may be what the configuration asks for
+            shape = list(x.shape)
+            raise CheckpointError(f"{path} holds {name} {shape}, which this model does not have")
+        # the configuration may ask for an infinite sigma
         if not (x.isfinite() | (x == expected[name])).all():
             raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")

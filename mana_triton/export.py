@@ -5,26 +5,24 @@
 
 WEIGHTS is a shipped name or a file, --size the WIDTHxHEIGHT of the low-resolution frames. The graph
 has one input `frames` [batch, 7, 3, H, W] in [0, 1], float32, with any batch, and one output
-`enlarged` [batch, 3, 4H, 4W], which is not clamped: the center frame, four times larger. Whoever
-runs it makes the windows: mirrored at the ends, see `mana_triton.engine.upscaler`.
+`enlarged` [batch, 3, 4H, 4W], not clamped: the center frame, four times larger. Windows at the
+ends of a clip are the caller's task: mirrored, see `mana_triton.engine.window`.
 
-What is exact. The attention of `tiled.py` chooses its windows from the data, which a fixed graph
-cannot. Here every square of 16 x 16 queries meets the keys up to a fixed
-radius around it, found when the file is made: with match="cosine" no logit exceeds the learned
-temperature tau, so that beyond the radius keys weigh less than 1e-6 of what is kept for whatever
-frames (the certificate of `tiled.py` with its worst case, a spread of 2 tau). Where logits have no
-bound (match="dot") and in the gate form the radius is the whole frame: every pair is visited. So
-frames differ from those of the model by rounding. Before the file gets its name it enlarges one
-window, by ONNX Runtime or PyTorch, and the difference is printed.
+Exactness. The attention of `tiled.py` chooses its windows from the data, which a fixed graph
+cannot. Here every square of 16 x 16 queries meets the keys within a fixed radius: with
+match="cosine" no logit exceeds the learned temperature tau, so all keys beyond the radius together
+weigh less than 1e-6 of those within, for any frames (the certificate of `tiled.py` with its largest
+spread, 2 tau). With match="dot", whose logits have no bound, and in the gate form the radius covers
+the whole frame. Results differ from the model's by rounding only; before the file is written, it
+enlarges one window, and the difference is printed.
 
-Memory. The squares come one after the other. The logits of one, of its queries with the keys in
-reach in T frames, are held three times (bare, with the Gaussian, softmax), 4 bytes each; a line
-says how much that is. It does not grow with the frame unless every pair is visited, and grows with
-the batch. The decoder sees the whole frame. Each of the seven frames is encoded for each window; a
-stream of `mana_triton.upscale` encodes a frame once, and is faster.
+Memory. The logits of one square, its queries times the keys in the radius times T frames, are held
+three times (plain, with the Gaussian, softmax); the command prints how much that is. The decoder
+sees the whole frame. Seven frames are encoded for each window; `mana_triton.upscale` encodes each
+frame once, and is faster.
 
-The metadata of the file hold the configuration, the SHA-256 of the weights, the scale, the radius
-and the versions. The last line of stdout is one JSON object. Exit codes: 0 done, 1 failed or
+The metadata holds the configuration, the SHA-256 of the weights, the scale, the radius and the
+version of torch. The last line of stdout is one JSON object. Exit codes: 0 done, 1 failed or
 stopped (one line says why), 2 wrong usage.
 """
 
@@ -34,7 +32,6 @@ import functools
 import json
 import math
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,18 +68,22 @@ console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 class ExportError(Exception):
-    """What cannot be exported; the message is one line for the user."""
+    """A model cannot be exported; the message is one line for the user."""
 
 
 class Layout(NamedTuple):
     """How the attention of a graph is divided."""
 
-    radius: int  # of the keys around a square of queries
+    radius: int  # pixels around a square of queries within which keys are visited
     nbytes: int  # of a square's logits, for one clip
 
 
 def layout(model: MANA, height: int, width: int) -> Layout:
-    """The division for a frame size; ExportError if a square would take too much memory."""
+    """The division for a frame size.
+
+    Raises:
+        ExportError: the logits of a square would take too much memory.
+    """
     radius = window_radius(model, max(height, width))
     keys = min(SIDE + 2 * radius, height) * min(SIDE + 2 * radius, width)
     nbytes = 4 * model.config.frames * SIDE**2 * keys
@@ -96,11 +97,11 @@ def layout(model: MANA, height: int, width: int) -> Layout:
 
 
 def window_radius(model: MANA, longest: int) -> int:
-    """Pixels beyond which keys weigh less than 1e-6 whatever the frames; `longest` is all keys."""
+    """Pixels beyond which all keys weigh less than 1e-6 for any frames; at most `longest`."""
     sigma = model.sigma.detach().double()
     if model.config.match != "cosine" or model.config.gaussian != "bias" or sigma.isinf():
         return longest
-    # a logit is at most tau, and that of the key at the query's own place at least -tau
+    # a logit is at most tau, and that of the query's own pixel at least -tau
     spread = 2 * model.temperature.detach().double().abs()
     outside = log_gaussian_outside(inv_2sigma2(sigma).item(), longest)
     return int(certified_radius(spread, outside, TOLERANCE[torch.float32]))
@@ -110,23 +111,23 @@ def static_attention(
     q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, gaussian: str, offsets: bool,
     *_: Any, division: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What stands for the operator mana::cross_frame_attention: fixed windows, plain operations.
+    """The operator mana::cross_frame_attention with fixed windows, in PyTorch's own operators.
 
-    Arguments and results are the operator's, for whole frames; of the results the network uses o
-    and the displacement, and only these are computed.
+    Arguments and results are the operator's, for whole frames. Only what the network uses, o and
+    the displacement, is computed.
     """
     (b, height, width, d), t, side = q.shape, k.shape[1], SIDE
     near = [min(side + 2 * division.radius, n) for n in (height, width)]  # rows, columns of keys
     tops, lefts = (torch.arange(0, n, side, device=q.device) for n in (height, width))
     down, across = tops.numel(), lefts.numel()
     padded = F.pad(q * scale, (0, 0, 0, across * side - width, 0, down * side - height))
-    # clips and frames are one axis: in the loop nothing may ask for the size of the batch
+    # clips and frames are one axis: nothing in the loop may depend on the size of the batch
     squares = repeat(padded, "b (Y y) (X x) d -> (Y X) (b t) (y x) d", y=side, x=side, t=t)
     flat_k, flat_v = (rearrange(x.contiguous(), "b t h w d -> (b t) (h w) d") for x in (k, v))
     c = 1 / (2 * sigma.clamp(min=1e-15).square())
 
     def square(carry: Tensor, x: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The next square of queries: nothing is carried, o beside the displacement is kept."""
+        """One square of queries: o and the displacement; nothing is carried."""
         own, top, left = x  # [B T, side^2, D], [], []
         ys, xs = (
             (start - division.radius).clamp(0, n - m) + torch.arange(m, device=q.device)
@@ -162,19 +163,12 @@ def static_attention(
     )  # fmt: skip
 
 
-# ---- the files
-
-
 def program(model: MANA, height: int, width: int) -> ExportedProgram:
-    """The network for frames [B, T, 3, height, width], any B, in PyTorch's own operators.
-
-    Raises:
-        ExportError: see `layout`.
-    """
+    """The network for frames [B, T, 3, height, width], any B, in PyTorch's own operators."""
     division = layout(model, height, width)
     model = copy.deepcopy(model).eval().float().cpu()
     frames = torch.zeros(2, model.config.frames, 3, height, width)
-    # what it has seen before, of another size, would make the loop's sizes unknown
+    # traces of other sizes would make the sizes of the loop symbolic
     torch.compiler.reset()
     with torch.no_grad():
         exported = torch.export.export(model, (frames,), dynamic_shapes=({0: Dim("batch", min=1)},))
@@ -184,7 +178,7 @@ def program(model: MANA, height: int, width: int) -> ExportedProgram:
 
 
 def onnx_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
-    """The content of an ONNX file of a program, with these strings as its metadata."""
+    """The ONNX file of a program, with `about` as its metadata."""
     import onnx  # pyright: ignore[reportMissingImports]
 
     made = torch.onnx.export(
@@ -199,7 +193,7 @@ def onnx_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
 
 
 def program_bytes(exported: ExportedProgram, about: dict[str, str]) -> bytes:
-    """The content of a .pt2 file of a program, with these strings as its extra file."""
+    """The .pt2 file of a program, with `about` as its extra file about.json."""
     buffer = BytesIO()
     torch.export.save(exported, buffer, extra_files={"about.json": json.dumps(about)})
     return buffer.getvalue()
@@ -210,7 +204,7 @@ def open_onnx(content: bytes) -> Callable[[Tensor], Tensor]:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it remarks on constants that are not used
+    options.log_severity_level = 3  # no warnings about unused constants
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(["enlarged"], {"frames": x.numpy()})[0])
@@ -224,16 +218,16 @@ def open_program(content: bytes) -> Callable[[Tensor], Tensor]:
 def export(
     model: MANA, height: int, width: int, kind: str, about: dict[str, str]
 ) -> tuple[bytes, float]:
-    """The content of a file, which was run and found right, and how far its frames were off.
+    """The content of a file, and the largest difference of its result from the model's.
 
     Args:
         model: the network.
         height, width: of the low-resolution frames.
         kind: of file, ".onnx" or ".pt2".
-        about: strings to keep in the file beside what `describe` says.
+        about: strings to store in the file in addition to `describe`'s.
 
     Raises:
-        ExportError: see `layout`; packages are missing; the file gives other frames.
+        ExportError: see `layout`; a package is missing; the file's result differs too much.
     """
     missing = [name for name in NEEDED if find_spec(name) is None] if kind == ".onnx" else []
     if missing:
@@ -247,7 +241,7 @@ def export(
     frames = torch.rand(1, model.config.frames, 3, height, width, generator=generator)
     model = copy.deepcopy(model).eval().float().cpu()
     with warnings.catch_warnings():
-        # PyTorch's own, about what its exporter imports and how it copies programs
+        # of PyTorch's own exporter
         warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
         content = write(program(model, height, width), about)
@@ -257,14 +251,13 @@ def export(
     if not worst <= ALLOWED:
         raise ExportError(
             f"the file must give the frames of the model within {ALLOWED:g}, it differs by "
-            f"{worst:.1e}; nothing was written, please report this with the versions of torch, "
-            "onnx and onnxruntime"
+            f"{worst:.1e}; please report this with the versions of torch, onnx and onnxruntime"
         )
     return content, worst
 
 
 def describe(model: MANA, height: int, width: int) -> dict[str, str]:
-    """What a file says of itself."""
+    """The metadata of a file."""
     return {
         "format": "mana_triton/1",
         "config": json.dumps(asdict(model.config)),
@@ -276,16 +269,12 @@ def describe(model: MANA, height: int, width: int) -> dict[str, str]:
     }
 
 
-# ---- the command
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; wrong usage exits with code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m mana_triton.export",
-        description=__doc__,
+        prog="python -m mana_triton.export", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     shipped = ", ".join(named_weights())
     parser.add_argument("weights", metavar="WEIGHTS", help=f"shipped ({shipped}) or a file")
     parser.add_argument("-o", "--output", type=_output, required=True, metavar="OUT",
@@ -297,25 +286,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _output(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in SUFFIXES:
+    if Path(text).suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"must end in {' or '.join(SUFFIXES)}, got {text!r}")
-    return path
+    return Path(text)
 
 
 def _size(text: str) -> tuple[int, int]:
     """Height and width."""
-    width, _, height = text.partition("x")
-    # ASCII digits: others are numbers to int() as well
-    if not (re.fullmatch("[0-9]{1,5}", width) and re.fullmatch("[0-9]{1,5}", height)):
+    if not re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT as 112x64, got {text!r}")
-    if not int(width) * int(height):
-        raise argparse.ArgumentTypeError(f"must be at least 1x1, got {text!r}")
-    return int(height), int(width)
+    width, height = map(int, text.split("x"))
+    return height, width
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the file; what the JSON line says of it."""
+    """Write the file; returns the content of the JSON line."""
     (height, width), output = args.size, args.output
     if output.exists() and not args.overwrite:
         raise ExportError(f"{output} exists; pass --overwrite to replace it")
@@ -324,28 +309,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.weights)
     named = args.weights in named_weights()
     file = WEIGHTS / f"{args.weights}.safetensors" if named else Path(args.weights)
-    digest = content_hash(file)
+    about = {"weights": args.weights, "weights_sha256": content_hash(file)}
     division = layout(model, height, width)
-    reach = "every key" if division.radius >= max(height, width) else (
-        f"keys up to {division.radius} pixels away"
-    )  # fmt: skip
     console.print(
-        f"{args.weights} for {width}x{height} frames: {reach}, "
-        f"3 times {division.nbytes / 2**20:.0f} MiB of logits at once for each clip of a batch",
-        markup=False,
+        f"keys within {division.radius} pixels, 3 times {division.nbytes / 2**20:.0f} MiB of "
+        "logits at once for each clip of a batch"
     )
-    about = {"weights": args.weights, "weights_sha256": digest}
     content, worst = export(model, height, width, output.suffix, about)
     write_atomically(output, content)
-    opset = OPSET if output.suffix == ".onnx" else None
-    console.print(
-        f"{output}: {len(content) / 2**20:.1f} MiB"
-        + (f", opset {opset}" if opset else "")
-        + f", within {worst:.1e} of the model's frames",
-        markup=False,
-    )
+    size = f"{len(content) / 2**20:.1f} MiB"
+    console.print(f"{output}: {size}, within {worst:.1e} of the model's frames", markup=False)
     return {
-        "output": str(output), "bytes": len(content), "opset": opset,
+        "output": str(output), "bytes": len(content),
+        "opset": OPSET if output.suffix == ".onnx" else None,
         "input": ["batch", model.config.frames, 3, height, width],
         "output_shape": ["batch", 3, SCALE * height, SCALE * width],
         "radius": division.radius, "square_mib": round(division.nbytes / 2**20, 1),
@@ -356,8 +332,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     args = parse_args()
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         summary = run(args)
     except (ExportError, CheckpointError, OSError) as error:

@@ -5,7 +5,7 @@ bank (section 3.3); a deep decoder turns that into detail. Names map to the pape
 frame), k = theta(frames), v = g(frames), y = memory output, z = what the decoder sees.
 
 `MANA.forward` enlarges the center frame of a window. Its four steps, `encode`, `fuse`, `decode`
-and the bilinear `skip`, are public so that a stream encodes every frame once and decodes by tiles.
+and the bilinear `skip`, are public: a stream encodes every frame once and decodes tile by tile.
 """
 
 import math
@@ -34,10 +34,10 @@ class MANAConfig:
     decoder_blocks: int = 40
     memory_slots: int = 512  # N; 0 leaves the memory branch out
     frames: int = 7  # T
-    gaussian: str = "bias"  # or "gate", the official code's form
-    match: str = "dot"  # or "cosine": normalized q and k, learned temperature
+    gaussian: str = "bias"  # or "gate", the form of the official code
+    match: str = "dot"  # or "cosine": QK norm with a learned temperature
     offsets: bool = False  # W_z also sees each frame's expected displacement
-    sigma: float = 4.0  # where the learned width of the Gaussian starts, in low-resolution pixels
+    sigma: float = 4.0  # initial width of the Gaussian, in low-resolution pixels; inf: none
     logit_scale: float | None = None  # of dot matching; None is 1 / sqrt(D)
 
     def __post_init__(self):
@@ -50,7 +50,11 @@ class MANAConfig:
 
     @classmethod
     def preset(cls, name: str) -> "MANAConfig":
-        """One of the named configurations; ValueError lists them."""
+        """A named configuration.
+
+        Raises:
+            ValueError: there is no such name; the message lists them.
+        """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
@@ -71,9 +75,9 @@ PRESETS = {
 
 
 class Features(NamedTuple):
-    """What a stream keeps of N encoded frames."""
+    """Features of N encoded frames."""
 
-    f: Tensor  # [N, C, H, W] encoder features
+    f: Tensor  # [N, C, H, W] of the encoder
     k: Tensor  # [N, H, W, D]
     v: Tensor  # [N, H, W, D]
     scale: Tensor  # [N, C] of GroupNorm, see `MANA.normalization`
@@ -87,14 +91,14 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        # deep stacks start near the identity
+        # a deep stack starts near the identity
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2.weight)
         with torch.no_grad():
             self.conv2.weight.mul_(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: fresh memory costs a CPU more than the arithmetic
+        # in place: on a CPU new memory costs more than the arithmetic
         return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x)
 
 
@@ -119,7 +123,7 @@ class MANA(nn.Module):
         self.norm = nn.GroupNorm(c // 4, c, eps=1e-6)
         self.phi, self.theta, self.g = (nn.Conv2d(c, d, 1) for _ in range(3))
         self.w_z = _zero_projection(t * values, c)
-        # plain attention, sigma = infinity, has no width to learn
+        # with sigma = infinity, plain attention, there is no width to learn
         wide = math.isinf(config.sigma)
         self.sigma = nn.Parameter(torch.tensor(float(config.sigma)), requires_grad=not wide)
         if config.match == "cosine":
@@ -148,7 +152,7 @@ class MANA(nn.Module):
         return 2 * self.config.decoder_blocks + 3
 
     def memory_parameters(self) -> list[nn.Parameter]:
-        """The memory branch, what stage 2 of the training is about (section 3.4)."""
+        """Parameters of the memory branch, which training stage 2 learns (section 3.4)."""
         return [self.memory, *self.w_z1.parameters()] if self.config.memory_slots else []
 
     def forward(
@@ -195,14 +199,17 @@ class MANA(nn.Module):
         return self.encoder(F.leaky_relu(self.conv_first(frames), 0.1, inplace=True))
 
     def normalization(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """GroupNorm of single frames as numbers that features are multiplied by, and added to.
+        """GroupNorm of single frames as a scale and a shift of each channel.
 
-        f: [N, C, H, W] -> scale, shift [N, C], in float32 at least.
+        Args:
+            f: [N, C, H, W] features of whole frames.
+
+        Returns:
+            scale, shift [N, C], in float32 or wider.
         """
         groups, work = self.norm.num_groups, torch.promote_types(f.dtype, torch.float32)
         pixels = rearrange(f, "n c h w -> n (h w) c")
-        # part by part, for the caches' sake, and of single channels first: sums over memory as it
-        # lies are ten times faster on a CPU
+        # channel sums first, part by part: in memory order they are ten times faster on a CPU
         parts = pixels.split(NORM_PIXELS, 1)
         sums = torch.stack([x.sum(1, keepdim=True, dtype=work) for x in parts]).sum(0)
         mean = sums / pixels.shape[1]
@@ -219,10 +226,10 @@ class MANA(nn.Module):
         return scale, self.norm.bias - mean * scale
 
     def keys_values(self, f: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, of length one for cosine matching, and values of features, normalized on the way.
+        """Keys, of length one with cosine matching, and values.
 
         Args:
-            f: [N, C, h, W] rows of features.
+            f: [N, C, h, W] rows of features, not normalized.
             scale, shift: [N, C] the normalization of the whole frames.
 
         Returns:
@@ -232,7 +239,7 @@ class MANA(nn.Module):
         return F.normalize(k, dim=-1) if self.config.match == "cosine" else k, v
 
     def queries(self, f: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Queries [N, h, W, D], as the memory sees them; arguments as of `keys_values`."""
+        """Queries [N, h, W, D], not of length one; arguments as of `keys_values`."""
         return self._projected(f, scale, shift, self.phi)[0]
 
     def _projected(
@@ -267,7 +274,7 @@ class MANA(nn.Module):
             q: [B, h, W, D] its queries, the same rows.
             k, v: [B, S, H, W, D] keys and values of the frames of the window.
             first_row: see f; the whole frame when 0 and h = H.
-            order: which of the S frames stands at each of the T places; None when S = T.
+            order: index of the frame at each of the T places of the window; None when S = T.
             backend, tolerance: as of `forward`.
 
         Returns:
@@ -300,7 +307,7 @@ class MANA(nn.Module):
         *,
         backend: str = "auto",
     ) -> Tensor:
-        """`fuse` from what the S frames answered: x [B, S, h, W, D] and [B, S, h, W, 2], if any."""
+        """`fuse` from the attention's x [B, S, h, W, D] and displacement [B, S, h, W, 2]."""
         if displacement is not None:
             x = torch.cat([x, displacement.to(x.dtype)], -1)
         if order is not None:

@@ -8,7 +8,7 @@ import torch
 def float32_on_every_cpu(monkeypatch):
     """The automatic precision is the same wherever the tests run."""
     float32 = "fp32", "the fastest here"
-    monkeypatch.setattr("mana_triton.engine.upscaler.fastest_on_cpu", lambda: float32)
+    monkeypatch.setattr("mana_triton.engine.device.fastest_on_cpu", lambda: float32)
 
 
 @pytest.fixture

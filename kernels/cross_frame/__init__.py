@@ -19,30 +19,20 @@ __all__ = ["LOG2_E", "Gradients", "Result", "attend_tiles", "backward", "density
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    *,
-    gaussian: str,
-    offsets: bool,
-    tolerance: float,
-    first_row: int,
-    radius: int | None = None,
-) -> Result:
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, scale: Tensor, *,
+    gaussian: str, offsets: bool, tolerance: float, first_row: int,
+) -> Result:  # fmt: skip
     """`reference.cross_frame_attention`, exact to the certified tolerance.
 
     Args:
         q, k, v, sigma, scale, gaussian, offsets, first_row: as in the reference; D is one of
             HEAD_DIMS, the type one of DTYPES.
         tolerance: eta of the certificate; 0 visits every pair.
-        radius: visit the tiles of keys within this many pixels of a query tile instead.
     """
     return attend_tiles(
         to_tiles(scaled(q, scale)), to_tiles(k), to_tiles(v), sigma,
         rows=q.shape[1], height=k.shape[2], width=k.shape[3], first_row=first_row,
-        gaussian=gaussian, offsets=offsets, tolerance=tolerance, radius=radius,
+        gaussian=gaussian, offsets=offsets, tolerance=tolerance,
     )  # fmt: skip
 
 

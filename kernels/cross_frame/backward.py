@@ -38,7 +38,7 @@ from ..layout import (
     store_pixels,
     to_tiles,
 )
-from .forward import Result, chosen_config, constants
+from .forward import Result, kernel_options
 from .gaussian import (
     COLUMNS,
     Tables,
@@ -163,17 +163,8 @@ def _displacement_gradient(dd):
 
 @triton.jit
 def _dkv_kernel(
-    q_ptr,  # as in _dq_kernel
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    dd_ptr,
-    lse_ptr,
-    delta_ptr,
-    query_table_ptr,
-    key_table_ptr,
-    inv_2sigma2_ptr,
-    window_radius_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dd_ptr, lse_ptr, delta_ptr,  # as in _dq_kernel
+    query_table_ptr, key_table_ptr, inv_2sigma2_ptr, window_radius_ptr,
     reverse_radius_ptr,  # [B, T, key tiles], see window.py
     dk_ptr,  # [B, T, H, W, D]
     dv_ptr,  # [B, T, H, W, D]
@@ -246,18 +237,6 @@ def _dkv_kernel(
         store_pixels(dv_ptr, dv, image, top + b, left + a, height, width, D)
 
 
-class _Operands(NamedTuple):
-    """Tiles, in the order of the kernels' arguments."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    do: Tensor
-    dd: Tensor
-    lse: Tensor
-    delta: Tensor
-
-
 class Gradients(NamedTuple):
     """Of the operands of `cross_frame.forward`."""
 
@@ -274,45 +253,33 @@ def scaled(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def backward(
-    do: Tensor,
-    dd: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    scale: Tensor,
-    result: Result,
-    *,
-    gaussian: str,
-    offsets: bool,
-    first_row: int,
-) -> Gradients:
+    do: Tensor, dd: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, sigma: Tensor,
+    scale: Tensor, result: Result, *, gaussian: str, offsets: bool, first_row: int,
+) -> Gradients:  # fmt: skip
     """Gradients of `cross_frame.forward`, from those of o, displacement and lse."""
     sizes, c = Sizes.of(q, k, first_row), inv_2sigma2_base_2(sigma)
     inner = (do.float() * result.o).sum(-1)
     if offsets:
         inner = inner + (dd * result.displacement).sum(-1)
     delta = inner - dlse
-    operands = _Operands(
+    tiles = [
         to_tiles(scaled(q, scale)), to_tiles(k), to_tiles(v), to_tiles(do),
         to_tiles(_displacement_columns(dd, k)) if offsets else k.new_empty(0),
         to_tiles((result.lse * LOG2_E)[..., None], float("inf")),  # P is zero beyond the frame
-        to_tiles((delta if gaussian == "bias" else torch.zeros_like(delta))[..., None]),
-    )  # fmt: skip
+    ]  # fmt: skip
+    # the gate form's delta belongs to its plain part
+    plain_delta = to_tiles(delta[..., None])
+    operands = *tiles, plain_delta if gaussian == "bias" else torch.zeros_like(plain_delta)
     windows = result.window_radius, reverse_radius(result.window_radius, sizes)
     dq, moment = _launch_dq(operands, c, windows[0], sizes, offsets)
     wide = torch.float32 if gaussian == "gate" else k.dtype  # two parts are to be added
     dk, dv = _launch_dkv(operands, c, windows, sizes, offsets, wide)
     if gaussian == "gate":
-        operands = operands._replace(delta=to_tiles(delta[..., None]))
+        operands = *tiles, plain_delta
         everything = max(sizes.height, sizes.width)
-        windows = (
-            torch.full_like(windows[0], everything),
-            torch.full_like(windows[1], everything),
-        )
-        dq += _launch_dq(operands, None, windows[0], sizes, False)[0]
-        dk += _launch_dkv(operands, None, windows, sizes, False, wide)[0]
+        near, far = (torch.full_like(x, everything) for x in windows)
+        dq += _launch_dq(operands, None, near, sizes, False)[0]
+        dk += _launch_dkv(operands, None, (near, far), sizes, False, wide)[0]
     dscale = (dq * q).sum()
     dsigma = moment.sum() / sigma**3
     return Gradients((dq * scale).to(q.dtype), dk.to(k.dtype), dv, dsigma, dscale)
@@ -329,41 +296,35 @@ def _displacement_columns(dd: Tensor, like: Tensor) -> Tensor:
 
 
 def _launch_dq(
-    operands: _Operands, c: Tensor | None, window_radius: Tensor, sizes: Sizes, offsets: bool
-) -> tuple[Tensor, Tensor]:
+    operands: tuple[Tensor, ...], c: Tensor | None, window_radius: Tensor, sizes: Sizes,
+    offsets: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of s q and the sums of dS |p_i - p_j|^2; c None is the plain softmax."""
-    k = operands.k
-    options = chosen_config("cross_frame_dq", sizes, k)
+    k = operands[1]
+    options = kernel_options("cross_frame_dq", sizes, k, DISPLACEMENT=offsets, PLAIN=c is None)
     tables = Tables.build(sizes, c, k, options)
     blocks = sizes.q_pixels // options["BLOCK_M"]
     dq = k.new_empty(sizes.B, sizes.rows, sizes.width, sizes.D, dtype=torch.float32)
     moment = k.new_empty(sizes.B, blocks, dtype=torch.float32)
     _dq_kernel[(blocks, sizes.B)](
-        *operands, tables.query, tables.key, no_gaussian(k) if c is None else c,
-        window_radius, dq, moment, sizes.T, *sizes[3:], sizes.tiles_x, sizes.q_pixels,
-        sizes.k_pixels, *tables[2:5],
-        **constants(sizes, k, DISPLACEMENT=offsets, PLAIN=c is None), **options,
+        *operands, tables.query, tables.key, no_gaussian(k) if c is None else c, window_radius,
+        dq, moment, sizes.T, *sizes.pixels, *tables[2:5], **options,
     )  # fmt: skip
     return dq, moment
 
 
 def _launch_dkv(
-    operands: _Operands,
-    c: Tensor | None,
-    windows: tuple[Tensor, Tensor],
-    sizes: Sizes,
-    offsets: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    operands: tuple[Tensor, ...], c: Tensor | None, windows: tuple[Tensor, Tensor], sizes: Sizes,
+    offsets: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k, in `dtype`, and v; c None is the plain softmax, which does not involve v."""
-    k = operands.k
-    options = chosen_config("cross_frame_dkv", sizes, k)
+    k = operands[1]
+    options = kernel_options("cross_frame_dkv", sizes, k, DISPLACEMENT=offsets, PLAIN=c is None)
     tables = Tables.build(sizes, c, k, options)
     shape = (sizes.B, sizes.T, sizes.height, sizes.width, sizes.D)
     dk, dv = k.new_empty(shape, dtype=dtype), k.new_empty(shape if c is not None else 0)
     _dkv_kernel[(sizes.k_pixels // options["BLOCK_N"], sizes.T, sizes.B)](
-        *operands, tables.query, tables.key, no_gaussian(k) if c is None else c,
-        *windows, dk, dv, sizes.T, *sizes[3:], sizes.tiles_x, sizes.q_pixels, sizes.k_pixels,
-        *tables[2:5], **constants(sizes, k, DISPLACEMENT=offsets, PLAIN=c is None), **options,
+        *operands, tables.query, tables.key, no_gaussian(k) if c is None else c, *windows,
+        dk, dv, sizes.T, *sizes.pixels, *tables[2:5], **options,
     )  # fmt: skip
     return dk, dv

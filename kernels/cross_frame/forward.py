@@ -139,7 +139,7 @@ def _lse_kernel(
     query_table_ptr,  # [M, 16], without a Gaussian
     key_table_ptr,  # [K, 16]
     lse_ptr,  # [B, T, h, W], natural
-    T, rows, height, width, tiles_x, q_pixels, k_pixels,
+    T, rows, height, width, first_row, tiles_x, q_pixels, k_pixels,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # one program per block of queries, frame and clip, over all keys
@@ -177,20 +177,9 @@ class Result(NamedTuple):
 
 
 def attend_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    *,
-    rows: int,
-    height: int,
-    width: int,
-    first_row: int,
-    gaussian: str,
-    offsets: bool,
-    tolerance: float,
-    radius: int | None = None,
-) -> Result:
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, *, rows: int, height: int, width: int,
+    first_row: int, gaussian: str, offsets: bool, tolerance: float,
+) -> Result:  # fmt: skip
     """Attention of tiles, such as `projection.project` writes and a stream keeps; no gradient.
 
     Nothing is copied from the host and nothing waits for the device: a CUDA graph may hold it.
@@ -200,7 +189,7 @@ def attend_tiles(
         k, v: [B, T, K, D] keys and values as tiles of height x width pixels, of the type of q.
         sigma: [] width of the Gaussian in pixels.
         rows, height, width, first_row: sizes in pixels.
-        gaussian, offsets, tolerance, radius: as of `cross_frame.forward`.
+        gaussian, offsets, tolerance: as of `cross_frame.forward`.
 
     Raises:
         ValueError: when the tensors are not tiles of these sizes, of one type.
@@ -214,8 +203,15 @@ def attend_tiles(
     lse = v.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(q):
         c = inv_2sigma2_base_2(sigma)
-        window_radius = select_key_tiles(q, k, c, sizes, tolerance, radius)
-        _launch_forward(q, k, v, c, window_radius, o, displacement, lse, sizes, offsets)
+        window_radius = select_key_tiles(q, k, c, sizes, tolerance)
+        options = kernel_options("cross_frame_forward", sizes, k, DISPLACEMENT=offsets)
+        if options["WARP_SPECIALIZE"]:
+            triton.set_allocator(_workspace)
+        tables = Tables.build(sizes, c, k, options)
+        _forward_kernel[(sizes.q_pixels // options["BLOCK_M"], sizes.T, sizes.B)](
+            q, k, v, tables.query, tables.key, c, window_radius, o, displacement, lse,
+            sizes.B, sizes.T, *sizes.pixels, *tables[2:], **options,
+        )  # fmt: skip
         plain = _plain_lse(q, k, sizes) if gaussian == "gate" else None
     if plain is None:
         return Result(o, displacement, lse, window_radius)
@@ -247,19 +243,14 @@ def _check_tiles(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> None:
             )
 
 
-def chosen_config(kernel: str, sizes: Sizes, like: Tensor) -> dict:
-    """Launch options of a kernel; only the forward kernel has a warp-specialized form."""
+def kernel_options(kernel: str, sizes: Sizes, like: Tensor, **flags: bool) -> dict[str, Any]:
+    """The constants and launch options of a kernel; only the forward kernel is specialized."""
     options = config.launch_config(
         kernel, sizes.D, like.dtype, sizes.height, sizes.width, like.device
     )
     if kernel != "cross_frame_forward":
         options.pop("WARP_SPECIALIZE")
-    return options
-
-
-def constants(sizes: Sizes, like: Tensor, **flags: bool) -> dict[str, Any]:
-    """What a kernel is compiled for, apart from its launch options."""
-    return {"D": sizes.D, "EXACT": like.dtype == torch.float32, **flags}
+    return {"D": sizes.D, "EXACT": like.dtype == torch.float32, **flags, **options}
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -267,37 +258,12 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-def _launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c: Tensor,
-    window_radius: Tensor,
-    o: Tensor,
-    displacement: Tensor,
-    lse: Tensor,
-    sizes: Sizes,
-    offsets: bool,
-) -> None:
-    """Write o, displacement and lse of the bias form."""
-    options = chosen_config("cross_frame_forward", sizes, k)
-    if options["WARP_SPECIALIZE"]:
-        triton.set_allocator(_workspace)
-    tables = Tables.build(sizes, c, k, options)
-    _forward_kernel[(sizes.q_pixels // options["BLOCK_M"], sizes.T, sizes.B)](
-        q, k, v, tables.query, tables.key, c, window_radius, o, displacement, lse,
-        sizes.B, sizes.T, *sizes[3:], sizes.tiles_x, sizes.q_pixels, sizes.k_pixels,
-        *tables[2:], **constants(sizes, k, DISPLACEMENT=offsets), **options,
-    )  # fmt: skip
-
-
 def _plain_lse(q: Tensor, k: Tensor, sizes: Sizes) -> Tensor:
     """Log-sum-exp of the logits without a Gaussian, over all keys: [B, T, h, W]."""
-    options = chosen_config("cross_frame_lse", sizes, k)
+    options = kernel_options("cross_frame_lse", sizes, k)
     tables = Tables.build(sizes, None, k, options)
     lse = k.new_empty(sizes.B, sizes.T, sizes.rows, sizes.width, dtype=torch.float32)
     _lse_kernel[(sizes.q_pixels // options["BLOCK_M"], sizes.T, sizes.B)](
-        q, k, tables.query, tables.key, lse, sizes.T, sizes.rows, sizes.height, sizes.width,
-        sizes.tiles_x, sizes.q_pixels, sizes.k_pixels, **constants(sizes, k), **options,
-    )  # fmt: skip
+        q, k, tables.query, tables.key, lse, sizes.T, *sizes.pixels, **options
+    )
     return lse

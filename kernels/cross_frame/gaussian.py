@@ -55,11 +55,8 @@ def _three_parts(x, part, DTYPE: tl.constexpr):
 @triton.jit
 def _key_table_kernel(
     table_ptr,  # [K, 16]
-    height,
-    width,
-    tiles_x,
-    BLOCK_N: tl.constexpr,
-):
+    height, width, tiles_x, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # one program per block of keys
     block = tl.program_id(0)
     top, left = block_origin(block, tiles_x, BLOCK_N)
@@ -80,12 +77,9 @@ def _query_table_kernel(
     table_ptr,  # [cells_y, cells_x, M, 16]
     inv_2sigma2_ptr,  # [], times log2(e)
     first_row,
-    zero_y,  # the cell of equal origins
-    zero_x,
-    cells_x,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    zero_y, zero_x,  # the cell of equal origins
+    cells_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # one program per distance between a block of queries and one of keys
     cell = tl.program_id(0)
     smaller: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_N else BLOCK_N

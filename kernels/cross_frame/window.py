@@ -86,11 +86,8 @@ def _key_tile_kernel(
     mean_ptr,  # [B, T, key tiles, D], rounded to the type of k
     deviation_ptr,  # [B, T, key tiles], largest distance from the rounded mean
     length_ptr,  # [B, T, key tiles], largest norm
-    height,
-    width,
-    tiles_x,
-    D: tl.constexpr,
-):
+    height, width, tiles_x, D: tl.constexpr,
+):  # fmt: skip
     # one program per key tile
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -208,11 +205,8 @@ def _select_key_tiles_kernel(
 def _reverse_kernel(
     window_radius_ptr,  # [B, T, query tiles]
     reverse_radius_ptr,  # [B, T, key tiles]
-    first_row,
-    tiles_x,
-    query_tiles,
-    CHUNK: tl.constexpr,
-):
+    first_row, tiles_x, query_tiles, CHUNK: tl.constexpr,
+):  # fmt: skip
     # one program per key tile and frame
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     key_y, key_x = block_origin(tile, tiles_x, 64)
@@ -229,9 +223,7 @@ def _reverse_kernel(
     tl.store(reverse_radius_ptr + image * tl.num_programs(0) + tile, tl.max(farthest, axis=0))
 
 
-def select_key_tiles(
-    q: Tensor, k: Tensor, c: Tensor, sizes: Sizes, tolerance: float, fixed: int | None = None
-) -> Tensor:
+def select_key_tiles(q: Tensor, k: Tensor, c: Tensor, sizes: Sizes, tolerance: float) -> Tensor:
     """Window radius in pixels of every query tile: [B, T, query tiles], int32.
 
     Args:
@@ -239,12 +231,11 @@ def select_key_tiles(
         c: see `gaussian.inv_2sigma2_base_2`.
         sizes: of the call.
         tolerance: eta; 0 visits all keys.
-        fixed: this radius for every tile instead of the certified one.
     """
     everything = max(sizes.height, sizes.width)
-    if fixed is not None or tolerance == 0:
-        window_radius = everything if fixed is None else min(fixed, everything)
-        return q.new_full((sizes.B, sizes.T, sizes.query_tiles), window_radius, dtype=torch.int32)
+    shape = (sizes.B, sizes.T, sizes.query_tiles)
+    if tolerance == 0:
+        return q.new_full(shape, everything, dtype=torch.int32)
     images = sizes.B * sizes.T
     means = k.new_empty(images, sizes.key_tiles, sizes.D)
     deviations, lengths = k.new_empty(2, images, sizes.key_tiles, dtype=torch.float32)
@@ -253,12 +244,11 @@ def select_key_tiles(
         k, means, deviations, lengths, sizes.height, sizes.width, sizes.tiles_x, **constants
     )
     constants |= {"RINGS": triton.next_power_of_2(everything // TILE + 2), "CHUNK": 16}
-    window_radius = q.new_empty(sizes.B, sizes.T, sizes.query_tiles, dtype=torch.int32)
+    window_radius = q.new_empty(shape, dtype=torch.int32)
     # the lower bound of the lse may count keys that are dropped
     _select_key_tiles_kernel[(sizes.query_tiles, sizes.T, sizes.B)](
         q, k, means, deviations, lengths.amax(1), c, window_radius, tolerance / (1 + tolerance),
-        sizes.T, sizes.rows, sizes.height, sizes.width, sizes.first_row, sizes.tiles_x,
-        sizes.q_pixels, sizes.k_pixels, **constants, num_warps=8,
+        sizes.T, *sizes.pixels, **constants, num_warps=8,
     )  # fmt: skip
     return window_radius
 

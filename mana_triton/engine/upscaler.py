@@ -21,18 +21,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mana_triton.attention import STREAM_TOLERANCE, choose_backend
 from mana_triton.checkpoint import load
 from mana_triton.engine import memory
+from mana_triton.engine.device import choose_device, choose_precision
 from mana_triton.engine.feature_cache import FeatureCache, Postprocess, Results
+from mana_triton.engine.frames import NumberedFrame, Replayable, as_given, numbered_frames
 from mana_triton.engine.plan import Plan, first_plan, fit
 from mana_triton.engine.prefetch import parallel_map
-from mana_triton.engine.scene_cuts import CutDetector, Pixels
+from mana_triton.engine.scene_cuts import Pixels
 from mana_triton.engine.window import window_numbers
 from mana_triton.model import MANA, PRECISIONS
 
@@ -92,19 +92,10 @@ class Enlarged(NamedTuple):
     picture: Any  # [4H, 4W, 3] in the type given, [3, 4H, 4W] of tensors, or `postprocess`'s
 
 
-@dataclass
-class _Frame:
-    source: Any
-    given: Pixels
-    pixels: Tensor  # [H, W, 3] uint8, uint16 or float32 in [0, 1], a copy
-    number: int
-    scene: int  # number of the scene's first frame
-
-
 class _Window(NamedTuple):
     """What to enlarge: a frame, and the numbers of the T frames around it."""
 
-    center: _Frame
+    center: NumberedFrame
     numbers: list[int]
 
 
@@ -131,8 +122,8 @@ class Upscaler:
         options: EngineOptions = EngineOptions(),
     ):
         self.options = options
-        self.device = _choose_device(options.device)
-        self.precision, why = _choose_precision(options.precision, self.device)
+        self.device = choose_device(options.device)
+        self.precision, why = choose_precision(options.precision, self.device)
         self.backend, reason = choose_backend(options.backend, self.device)
         if options.workers not in ("auto", 1) and not self._can_share():
             raise ValueError(
@@ -211,8 +202,11 @@ class Upscaler:
         Raises:
             ValueError: a frame of another kind, size or type; frames that do not fit the memory.
         """
-        given = _Remembered(self._frames(sources, pixels, is_cut, start))
+        if is_cut is None and not self.options.scene_cuts:
+            is_cut = _never
         done = start + skip  # frames before this number need no result
+        numbered = numbered_frames(sources, pixels, is_cut, start)
+        given = Replayable(x for x in numbered if x.number >= done - self.window_radius)
         while True:
             frames = iter(given)
             if (head := next(frames, None)) is None:
@@ -224,7 +218,7 @@ class Upscaler:
                 ) as results:
                     for frame, picture in results:
                         done = frame.number + 1
-                        given.forget_before(done - self.window_radius)
+                        given.drop_before(done - self.window_radius)
                         yield Enlarged(frame.source, picture)
                 return
             except (MemoryError, RuntimeError) as error:
@@ -236,39 +230,13 @@ class Upscaler:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _frames(
-        self,
-        sources: Iterable[Any],
-        pixels: Callable[[Any], Pixels],
-        is_cut: Callable[[Any], bool] | None,
-        start: int,
-    ) -> Iterator[_Frame]:
-        """Numbered frames with their scenes, checked."""
-        detector, first, scene = CutDetector(), None, start
-        for number, source in enumerate(sources, start):
-            given = pixels(source)
-            copied = _copied(given)
-            first = copied if first is None else first
-            if copied.shape != first.shape:
-                raise ValueError(
-                    f"all frames must have one size, {first.shape[1]}x{first.shape[0]} as the "
-                    f"first, got {copied.shape[1]}x{copied.shape[0]} at frame {number}"
-                )
-            if copied.dtype != first.dtype:
-                raise ValueError(
-                    f"all frames must have one type, {first.dtype} as the first, "
-                    f"got {copied.dtype} at frame {number}"
-                )
-            if is_cut is not None:
-                cut = is_cut(source)
-            else:
-                cut = self.options.scene_cuts and detector.is_cut(given)
-            scene = number if cut else scene
-            yield _Frame(source, given, copied, number, scene)
-
     def _enlarged(
-        self, frames: Iterator[_Frame], like: Tensor, done: int, postprocess: Postprocess | None
-    ) -> Generator[tuple[_Frame, Any], None, None]:
+        self,
+        frames: Iterator[NumberedFrame],
+        like: Tensor,
+        done: int,
+        postprocess: Postprocess | None,
+    ) -> Generator[tuple[NumberedFrame, Any], None, None]:
         """Frames from the number `done` on, and their results, by the present plan."""
         height, width = like.shape[:2]
         plan = self.plan(height, width)
@@ -292,13 +260,13 @@ class Upscaler:
             yield from _pictures(*pending.popleft())
 
     def _launches(
-        self, frames: Iterator[_Frame], cache: FeatureCache, done: int
+        self, frames: Iterator[NumberedFrame], cache: FeatureCache, done: int
     ) -> Iterator[list[_Window]]:
         """Encode frames, and yield the windows that are complete, as many as are enlarged at once.
 
         The features of a window stay in the cache until `plan.workers` more windows were taken.
         """
-        waiting: deque[_Frame] = deque()
+        waiting: deque[NumberedFrame] = deque()
         while chunk := list(islice(frames, cache.plan.batch)):
             cache.encode([frame.pixels for frame in chunk], chunk[0].number)
             waiting.extend(chunk)
@@ -307,7 +275,7 @@ class Upscaler:
             yield from self._windows(waiting, cache.plan.batch, cache, done)
 
     def _windows(
-        self, waiting: deque[_Frame], count: int, cache: FeatureCache, done: int
+        self, waiting: deque[NumberedFrame], count: int, cache: FeatureCache, done: int
     ) -> Iterator[list[_Window]]:
         """The windows of the first `count` frames that wait, which are taken out."""
         last = {frame.scene: frame.number for frame in waiting}
@@ -344,101 +312,14 @@ def upscale(
     return (result.picture for result in upscaler.stream(frames))
 
 
-class _Remembered:
-    """Frames that can be iterated over again from the oldest that is not forgotten.
-
-    Attributes:
-        failed: whether reading a new frame raised an exception.
-    """
-
-    def __init__(self, frames: Iterator[_Frame]):
-        self._frames, self._kept = frames, deque[_Frame]()
-        self.failed = False
-
-    def __iter__(self) -> Iterator[_Frame]:
-        yield from list(self._kept)
-        while True:
-            self.failed = True
-            frame = next(self._frames, None)
-            self.failed = False
-            if frame is None:
-                return
-            self._kept.append(frame)
-            yield frame
-
-    def forget_before(self, number: int) -> None:
-        while self._kept and self._kept[0].number < number:
-            self._kept.popleft()
-
-
-def _copied(frame: Pixels) -> Tensor:
-    """A copy [H, W, 3] uint8, uint16 or float32 in [0, 1]."""
-    if isinstance(frame, Tensor):
-        fits = frame.ndim == 3 and frame.shape[0] == 3 and frame.numel()
-        if not (fits and frame.is_floating_point()):
-            raise ValueError(
-                "a tensor frame must be [3, H, W] in [0, 1], "
-                f"got {list(frame.shape)} of {frame.dtype}"
-            )
-        return rearrange(frame.detach().to(torch.float32, copy=True), "c h w -> h w c")
-    if not (isinstance(frame, np.ndarray) and frame.dtype in (np.uint8, np.uint16)):
-        kind = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise ValueError(f"a frame must be a uint8 or uint16 array or a float tensor, got {kind}")
-    if not (frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
-        raise ValueError(f"an array frame must be [H, W, 3], got {list(frame.shape)}")
-    return torch.from_numpy(frame.copy())
-
-
-def _pictures(launch: list[_Window], results: Results) -> Iterator[tuple[_Frame, Any]]:
+def _pictures(launch: list[_Window], results: Results) -> Iterator[tuple[NumberedFrame, Any]]:
     """Results as `stream` yields them."""
     for (frame, _), picture in zip(launch, results.wait(), strict=True):
-        if not isinstance(picture, Tensor):
-            yield frame, [part.numpy() for part in picture]
-        elif isinstance(frame.given, Tensor):
-            yield frame, _like(picture, frame.given)
+        if isinstance(picture, Tensor):
+            yield frame, as_given(picture, frame.given)
         else:
-            yield frame, picture.numpy()
+            yield frame, [part.numpy() for part in picture]
 
 
-@torch.inference_mode(False)
-def _like(picture: Tensor, given: Tensor) -> Tensor:
-    """[4H, 4W, 3] -> [3, 4H, 4W] in the type and on the device of the frame that was given."""
-    return rearrange(picture, "h w c -> c h w").to(given).contiguous()
-
-
-def _choose_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda needs a CUDA GPU, there is none; use device cpu")
-    return chosen
-
-
-def _choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """The precision and the reason."""
-    if precision != "auto":
-        return precision, "as asked"
-    if device.type == "cpu":
-        return fastest_on_cpu()
-    if device.type != "cuda":
-        return "fp32", "safe on any device"
-    native = torch.cuda.get_device_capability(device)[0] >= 8
-    return ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16")
-
-
-def fastest_on_cpu() -> tuple[str, str]:
-    """The precision in which convolutions are fastest on this CPU, and why.
-
-    bfloat16 instructions alone do not decide: the convolutions of `paper` took half the time of
-    float32 on an AMD EPYC with AVX512-BF16, and 1.5 times as long on an Intel Xeon with it.
-    """
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # which older PyTorch does not have
-    if known.get("amx_bf16"):
-        return "bf16", "by this processor's AMX"
-    if known.get("avx512_bf16") and "AMD" in known.get("cpu_name", ""):
-        return "bf16", "by this processor's AVX512-BF16"
-    return "fp32", "the fastest here"
+def _never(source: Any) -> bool:
+    return False

@@ -39,7 +39,8 @@ from mana_triton.training.motion import still_frames
 VARIANTS = 4  # recipes for each clip
 KERNELS = ("matlab_bicubic", "bilinear", "area")
 FPS = 25
-SMALLEST = 32  # pixels of a side that both codecs take
+# pixels of a side that a codec takes; in narrower pictures x265 writes beyond its buffers
+SMALLEST = {"libx264": 32, "libx265": 64}
 
 
 def pil_bicubic(hr: Tensor) -> Tensor:
@@ -209,7 +210,7 @@ def compress(
         elif codec == "libx264" and (params := repeatable()):
             options["x264-params"] = params
         stream = cast(av.VideoStream, container.add_stream(codec, FPS, options=options))
-        height, width = (max(SMALLEST, n + n % 2) for n in (h, w))
+        height, width = (max(SMALLEST[codec], n + n % 2) for n in (h, w))
         stream.height, stream.width = height, width
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
         for number, frame in enumerate(chain([first], frames)):

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -87,15 +88,9 @@ class Trainer:
             low = open_low_clips(clips + stills, cache / "real", training_recipes)
             low_val = open_low_clips(val, cache / "real", lambda name: [VALIDATION])
         self.sampler = Sampler(
-            clips,
-            stills,
-            crop=options.crop,
-            batch=options.batch,
-            seed=options.seed,
-            degradation=options.degradation,
-            still_fraction=options.still_fraction,
-            low=low,
-        )
+            clips, stills, crop=options.crop, batch=options.batch, seed=options.seed,
+            degradation=options.degradation, still_fraction=options.still_fraction, low=low,
+        )  # fmt: skip
         if val and self.leads:
             self.validation = Validation(val, options.val_frames, options.degradation, low_val)
         return {"data": names(clips, low), "stills": names(stills, low), "val": names(val)}
@@ -217,10 +212,11 @@ class Trainer:
 
     def _describe(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
-        where = f"{self.processes.count} x {self.device.type}"
-        where += f", attention by {self.backend} ({self.reason})"
         clips, stills = len(self.sampler.clips), len(self.sampler.stills)
-        self._say(f"{parameters} parameters on {where}; {clips} clips, {stills} stills")
+        self._say(
+            f"{parameters} parameters on {self.processes.count} x {self.device.type}, attention by "
+            f"{self.backend} ({self.reason}); {clips} clips, {stills} stills"
+        )
         if self.sampler.short_scenes:
             self._say(f"{self.sampler.short_scenes} scenes of fewer than 7 frames left out")
         if self.iteration:
@@ -254,7 +250,8 @@ class Trainer:
                 if self.leads:
                     self._report(stage, rate)
                 minutes = (time.monotonic() - self.began) / 60
-                stop, late = self.processes.any(self.stop.received, 0 < options.minutes <= minutes)
+                late = 0 < options.minutes <= minutes
+                stop, late = self.processes.any(self.stop.received, late)
                 last = self.iteration == self.total or late
                 if self.leads:
                     if last or self.iteration % options.val_every == 0:
@@ -282,12 +279,12 @@ class Trainer:
         began, first = self.clock
         pace = (self.iteration - first) / (time.monotonic() - began)
         self.clock = (time.monotonic(), self.iteration)
-        measured = {"sigma": self.model.sigma.item()} if self.model.sigma.isfinite() else {}
-        if self.model.config.match == "cosine":
-            measured["temperature"] = self.model.temperature.item()
-        self.log.add(
-            self.iteration, stage=stage, loss=loss, rate=rate, step_per_second=pace, **measured
-        )
+        model, measured = self.model, {"stage": stage, "loss": loss, "rate": rate}
+        if model.sigma.isfinite():
+            measured["sigma"] = model.sigma.item()
+        if model.config.match == "cosine":
+            measured["temperature"] = model.temperature.item()
+        self.log.add(self.iteration, step_per_second=pace, **measured)
         text = f"stage {stage}  loss {loss:.5f}  {pace:.2f} it/s"
         self.progress.update(self.task, description=text)
         if self.progress.disable:
@@ -296,18 +293,17 @@ class Trainer:
     def _check_loss(self) -> None:
         """Look at the last iteration's loss only now: a GPU has worked in the meantime."""
         if self.losses and not self.losses[-1].isfinite():
-            raise TrainingError(self._diverged(f"the loss is {self.losses[-1].item()}"))
+            self._diverged(f"the loss is {self.losses[-1].item()}")
 
-    def _diverged(self, what: str) -> str:
-        return (
+    def _check_finite(self) -> None:
+        if not all(p.isfinite().all() for p in self._weights(self.model)):
+            self._diverged("weights are no longer finite")
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise TrainingError(
             f"{what} at iteration {self.iteration}; use another --out with a lower --lr or with "
             f"--clip-grad ({self.out / 'last.pt'} has the last good state)"
         )
-
-    def _check_finite(self) -> None:
-        finite = torch.stack([p.isfinite().all() for p in self._weights(self.model)])
-        if not finite.all():
-            raise TrainingError(self._diverged("weights are no longer finite"))
 
     def _validate(self) -> None:
         """Measure the averaged weights as a file holds them; export them if they are the best."""

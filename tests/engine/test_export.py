@@ -1,4 +1,4 @@
-"""The network as other programs run it: compiled, exported, and as an ONNX file."""
+"""The network compiled, exported, and as an ONNX file."""
 
 import json
 import math
@@ -57,9 +57,6 @@ def assert_same_frames(name: str, actual: Tensor, model: MANA, frames: Tensor) -
         )
 
 
-# ---- PyTorch's compiler and exporter
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++, there is none")
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own modules
@@ -81,11 +78,8 @@ def test_exported_with_its_operator(tmp_path):
     assert torch.equal(program.module()(frames), model(frames))
 
 
-# ---- the attention of a fixed graph
-
-
 def opposed(size: tuple[int, int], tau: float, radius: int) -> list[Tensor]:
-    """The worst that cosine matching allows a square: keys in reach oppose, the others agree."""
+    """The worst case of cosine matching: keys within the radius oppose q, the others agree."""
     (height, width), side = size, export.SIDE
     near = torch.zeros(size, dtype=torch.bool)
     near[side - radius : 2 * side + radius, side - radius : 2 * side + radius] = True
@@ -113,7 +107,7 @@ def test_the_radius_holds_for_any_frames(tau):
         return ((o - exact).abs() - promised).max()
 
     assert excess(certified) <= 1e-12
-    # and it is not much larger than it must be
+    # and it is not much larger than necessary
     assert excess(certified - 2) > 1e-12
 
 
@@ -123,9 +117,6 @@ def test_without_a_bound_every_key_is_visited():
     plain = build(replace(VARIANTS["windows"], sigma=math.inf))
     assert export.window_radius(plain, 300) == 300
     assert export.window_radius(build(VARIANTS["windows"]), 3) == 3
-
-
-# ---- files
 
 
 @needs_onnx
@@ -181,24 +172,9 @@ def test_command_writes_a_program_that_needs_only_pytorch(tmp_path, monkeypatch,
     difference, facts = result.stdout.splitlines()
     assert float(difference) <= export.ALLOWED / 10
     assert facts == "4 False"
-    # what is there is not replaced
+    # an existing file is not replaced
     with pytest.raises(SystemExit, match=r"error: .*model\.pt2 exists; pass --overwrite"):
         export.main()
-
-
-def test_a_file_that_gives_other_frames_is_not_written(tmp_path, monkeypatch):
-    save(build(VARIANTS["windows"]), tmp_path / "noise.safetensors")
-    monkeypatch.setattr(export, "program", lambda *_: None)
-    monkeypatch.setattr(export, "program_bytes", lambda *_: b"")
-    monkeypatch.setattr(
-        export, "open_program", lambda _: lambda _: torch.zeros(1, 3, 4 * SIZE[0], 4 * SIZE[1])
-    )
-    output = tmp_path / "model.pt2"
-    arguments = [str(tmp_path / "noise.safetensors"), "-o", str(output), "--size", "35x20"]
-    monkeypatch.setattr(sys, "argv", ["export", *arguments])
-    with pytest.raises(SystemExit, match="error: the file must give the frames of the model"):
-        export.main()
-    assert not output.exists()
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -223,20 +199,14 @@ def test_refusals(tmp_path, monkeypatch):
     assert line.startswith("error: ONNX files need onnx, onnxscript, onnxruntime, there is no onnx")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (
-            ["tiny", "-o", "model.zip", "--size", "8x8"],
-            "must end in .onnx or .pt2, got 'model.zip'",
-        ),
-        (["tiny", "-o", "model.onnx", "--size", "8"], "must be WIDTHxHEIGHT as 112x64, got '8'"),
-        (["tiny", "-o", "model.onnx", "--size", "8x0"], "must be at least 1x1, got '8x0'"),
-        (["tiny", "-o", "model.onnx"], "required: --size"),
-    ],
-)
-def test_wrong_usage(arguments, line, capsys):
-    with pytest.raises(SystemExit) as stop:
-        export.parse_args(arguments)
-    assert stop.value.code == 2
-    assert line in capsys.readouterr().err
+def test_wrong_usage(capsys):
+    for arguments, line in (
+        (["-o", "model.zip", "--size", "8x8"], "must end in .onnx or .pt2, got 'model.zip'"),
+        (["-o", "model.onnx", "--size", "8"], "must be WIDTHxHEIGHT as 112x64, got '8'"),
+        (["-o", "model.onnx", "--size", "8x0"], "must be WIDTHxHEIGHT as 112x64, got '8x0'"),
+        (["-o", "model.onnx"], "required: --size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            export.parse_args(["tiny", *arguments])
+        assert stop.value.code == 2
+        assert line in capsys.readouterr().err

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.model import MANA, MANAConfig
 
 GIB = 2**30
-PRESETS = ("tiny", "small", "paper")
 ONE = EngineOptions(workers=1, scene_cuts=False)
 
 
@@ -38,23 +36,21 @@ def pictures(upscaler: Upscaler, frames) -> Tensor:
     return torch.stack([torch.as_tensor(x.picture) for x in upscaler.stream(frames)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    preset=st.sampled_from(PRESETS),
-    height=st.integers(16, 2200),
-    width=st.integers(16, 4000),
+    preset=st.sampled_from(("tiny", "small", "paper")),
+    size=st.tuples(st.integers(16, 2200), st.integers(16, 4000)),
     room=st.floats(0.01, 64),
     batched=st.booleans(),
     asked=st.sampled_from([{}, {"tile": 64}, {"tile": 0, "workers": 3}]),
 )
-def test_a_plan_fits_or_is_refused(preset, height, width, room, batched, asked):
+def test_a_plan_fits_or_is_refused(preset, size, room, batched, asked):
     try:
-        plan = plan_of(preset, height, width, room * GIB, batched, **asked)
+        plan = plan_of(preset, *size, room * GIB, batched, **asked)
     except ValueError as error:
         assert "the memory budget leaves" in str(error) and "raise it" in str(error)
         return
-    config = MANAConfig.preset(preset)
-    assert plan.peak == estimate(config, 4, height, width, plan) <= room * GIB
+    assert plan.peak == estimate(MANAConfig.preset(preset), 4, *size, plan) <= room * GIB
     assert all(getattr(plan, name) == value for name, value in asked.items())
 
 
@@ -102,18 +98,12 @@ def test_frames_that_do_not_fit_are_refused_before_work_begins():
     assert len(pictures(enough, noise(2, 20, 20))) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("8G", 8 * GIB), ("1.5GiB", 3 * GIB // 2), ("800 MB", 800 * 2**20), ("123", 123)],
-)
-def test_sizes_are_parsed(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "8 apples", "-1G", "0", "G", "1e9"])
-def test_wrong_sizes_are_named(text):
-    with pytest.raises(ValueError, match="must be a size such as 8G"):
-        parse_bytes(text)
+def test_sizes_are_parsed():
+    for text, size in (("8G", 8 * GIB), ("1.5GiB", 3 * GIB // 2), ("800 MB", 800 << 20)):
+        assert parse_bytes(text) == size
+    for text in ("", "8 apples", "-1G", "0", "G", "1e9"):
+        with pytest.raises(ValueError, match="must be a size such as 8G"):
+            parse_bytes(text)
 
 
 def test_memory_of_this_machine():
@@ -206,13 +196,6 @@ def test_no_frame_is_lost_when_memory_runs_out(seed, options):
     assert (results - whole).abs().max() <= 20 * ROUNDING  # of other bands
 
 
-def test_batches_become_smaller_each_time():
-    upscaler = Upscaler(lively_network(), EngineOptions(batch=4, workers=1))
-    fail(upscaler.model, "encode", {0, 2}, MemoryError())
-    assert len(pictures(upscaler, noise(20, 9, 10))) == 20
-    assert upscaler.plan(9, 10).batch == 1
-
-
 def test_out_of_memory_in_the_source_is_raised():
     def source():
         yield from noise(5, 9, 10)
@@ -253,11 +236,3 @@ def test_automatic_tiles_bound_the_activations(monkeypatch):
     monkeypatch.setattr("mana_triton.engine.plan.TILE_BYTES", 1 << 20)
     assert 0 < Upscaler(model).plan(70, 90).tile < 70
     assert (pictures(Upscaler(model), frames) - whole).abs().max() <= ROUNDING
-
-
-def test_plain_attention_and_the_gate_are_tiled_too():
-    for changes in ({"gaussian": "gate"}, {"sigma": math.inf}):
-        model = lively_network(replace(CONFIG, **changes))
-        frames = noise(2, 20, 30)
-        tiled = pictures(Upscaler(model, replace(ONE, tile=8)), frames)
-        assert (tiled - pictures(Upscaler(model, ONE), frames)).abs().max() <= ROUNDING

@@ -65,13 +65,12 @@ def test_stall_times_belong_to_the_side_that_waits():
     assert stalls[1].for_room > 2 * slow > stalls[1].for_items
 
 
-@pytest.mark.parametrize("fail_at", [0, 7])
-def test_prefetch_raises_an_error_in_its_place(fail_at):
-    source, got = Source(fail_at), []
-    with pytest.raises(OSError, match=f"no number {fail_at}"):
+def test_prefetch_raises_an_error_after_the_items_before_it():
+    source, got = Source(7), []
+    with pytest.raises(OSError, match="no number 7"):
         for number in prefetch(source):
             got.append(number)
-    assert got == list(range(fail_at))
+    assert got == list(range(7))
     assert source.has_stopped()
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mana_triton.engine.upscaler import Upscaler, upscale
 from mana_triton.jobs import preview
+from mana_triton.video.frame import Frame
 from mana_triton.video.reader import open_reader
 
 
@@ -50,17 +51,9 @@ def test_preview_enlarges_one_frame(weights, monkeypatch):
     class Reader(list):
         path = "clip"
 
-    frames = Reader(media_frame(rgb, i) for i, rgb in enumerate(scene_pictures()))
+    frames = Reader(Frame(rgb, i, media.MS) for i, rgb in enumerate(scene_pictures()))
     preview.enlarged_frame(frames, upscaler, 5)  # pyright: ignore[reportArgumentType]
     assert len(enlarged) <= upscaler.plan(16, 24).workers + 1
-
-
-def media_frame(rgb: np.ndarray, number: int):
-    from fractions import Fraction
-
-    from mana_triton.video.frame import Frame
-
-    return Frame(rgb, number, Fraction(1, 25), 1)
 
 
 def test_detailed_finds_the_details():

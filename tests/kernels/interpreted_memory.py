@@ -1,6 +1,6 @@
 """The memory bank's kernels against float64, on the GPU or in Triton's interpreter.
 
-Run by test_small_kernels.py in a process of its own: the interpreter has to be chosen before the
+Run by test_operators.py in a process of its own: the interpreter has to be chosen before the
 kernels are defined. It computes bfloat16 products wrongly, so those are for the GPU.
 """
 
@@ -24,8 +24,6 @@ SHAPES = {  # B, H, W, D, N
     "odd-size": (2, 9, 17, 32, 3),
     "paper": (1, 6, 14, 64, 512),
     "partial-blocks": (1, 11, 13, 64, 100),
-    "wide": (1, 3, 5, 128, 128),
-    "largest": (1, 3, 3, 16, 4096),
 }
 NAMES = ("y", "dq", "dmemory", "dscale")
 LAUNCH = {"num_warps": 4, "num_stages": 2, "WARP_SPECIALIZE": False}

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,25 @@ def test_float32(shape, match, gaussian):
 
 @FORMS
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["batch-7x3", "odd-size", "several-tiles"])
+@pytest.mark.parametrize("name", ["batch-7x3", "several-tiles"])
 def test_half(name, dtype, gaussian):
     assert_case(draw(SHAPES[name], dtype, scale=12.0, seed=1), gaussian, "tiled", match="cosine")
 
 
 @FORMS
-@pytest.mark.parametrize("sigma", [0.3, 0.5, 0.9, 1.0, 2.0, 100.0, 1e6])
-def test_any_width_of_the_gaussian(sigma, gaussian):
+@pytest.mark.parametrize("sigma", [0.3, 0.9, 2.0, 1e6])
+def test_any_sigma(sigma, gaussian):
     """Below 1 pixel the Gaussian's columns are large and cancel: a tile of 16 lost 8 bits."""
     assert_case(draw((1, 2, 17, 31, 16), sigma=sigma, seed=2), gaussian, "tiled")
 
 
 @FORMS
-@pytest.mark.parametrize("bands", [[16], [5, 12, 13], [32]], ids=str)
-def test_bands_of_rows_are_the_whole_frame(bands, gaussian):
+@pytest.mark.parametrize("bands", [[16], [5, 12, 13]], ids=str)
+def test_bands_of_rows_equal_the_whole_frame(bands, gaussian):
     assert_case(draw(SHAPES["several-tiles"], sigma=2.0, seed=3), gaussian, "tiled", bands=bands)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (2, 7, 19, 19)), st.sampled_from([16, 64])),
     sigma=st.floats(0.3125, 32, width=32),
@@ -97,27 +97,24 @@ def test_definition_one_pixel_at_a_time(gaussian, backend):
         q, k, v, sigma, scale=scale, gaussian=gaussian, offsets=True, return_lse=True,
         tolerance=0, backend=backend, first_row=first_row,
     )  # fmt: skip
-    for t in range(T):
-        for y in range(2):
-            for x in range(W):
-                logits, weights, steps, values = [], [], [], []
-                for ky in range(H):
-                    for kx in range(W):
-                        dy, dx = ky - (y + first_row), kx - x
-                        bias = -(dy * dy + dx * dx) / (2 * sigma**2)
-                        logit = scale * float(q[0, y, x] @ k[0, t, ky, kx])
-                        logits.append(logit + (bias if gaussian == "bias" else 0))
-                        weights.append(1 if gaussian == "bias" else math.exp(bias))
-                        steps.append((dy, dx))
-                        values.append(v[0, t, ky, kx])
-                total = sum(map(math.exp, logits))
-                a = [math.exp(s) / total * w for s, w in zip(logits, weights, strict=True)]
-                expected = torch.stack(values).T @ torch.tensor(a, dtype=torch.float64)
-                assert o[0, t, y, x].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
-                assert lse[0, t, y, x].item() == pytest.approx(math.log(total), abs=1e-12)
-                for c in (0, 1):
-                    mean = sum(p * step[c] for p, step in zip(a, steps, strict=True))
-                    assert displacement[0, t, y, x, c].item() == pytest.approx(mean, abs=1e-12)
+    for t, y, x in product(range(T), range(2), range(W)):
+        places = list(product(range(H), range(W)))
+        steps = torch.tensor([(ky - y - first_row, kx - x) for ky, kx in places]).double()
+        bias = [-(dy * dy + dx * dx) / (2 * sigma**2) for dy, dx in steps.tolist()]
+        logits = [scale * float(q[0, y, x] @ k[0, t, ky, kx]) for ky, kx in places]
+        if gaussian == "bias":
+            logits = [a + b for a, b in zip(logits, bias, strict=True)]
+        total = sum(map(math.exp, logits))
+        a = torch.tensor([math.exp(s) / total for s in logits], dtype=torch.float64)
+        if gaussian == "gate":
+            a *= torch.tensor(bias, dtype=torch.float64).exp()
+        values = torch.stack([v[0, t, ky, kx] for ky, kx in places])
+        for actual, expected in (
+            (o[0, t, y, x], a @ values),
+            (displacement[0, t, y, x], a @ steps),
+            (lse[0, t, y, x], torch.tensor(math.log(total)).double()),
+        ):
+            assert (actual - expected).abs().max() < 1e-12
 
 
 def test_displacement_points_at_the_match():
@@ -133,8 +130,8 @@ def test_displacement_points_at_the_match():
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @FORMS
 @pytest.mark.parametrize("sigma", [math.inf, 1e6], ids=str)
-def test_wide_gaussian_is_plain_attention(sigma, gaussian, backend):
-    """At a width of 1e6 the weights differ from 1 by 1e-9, less than float32 resolves."""
+def test_a_wide_gaussian_gives_plain_attention(sigma, gaussian, backend):
+    """At a sigma of 1e6 the weights differ from 1 by 1e-9, less than float32 resolves."""
     case = draw((2, 3, 9, 14, 16), seed=4)
 
     def plain(q, k, v):
@@ -146,7 +143,7 @@ def test_wide_gaussian_is_plain_attention(sigma, gaussian, backend):
     assert_as_accurate("o", actual, plain(*case[:3]), exact, F32)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(order=st.permutations(range(5)), gaussian=st.sampled_from(["bias", "gate"]))
 def test_permuting_frames_permutes_outputs(order, gaussian):
     case = draw((1, 5, 33, 32, 16), sigma=1.0, seed=5)
@@ -156,16 +153,15 @@ def test_permuting_frames_permutes_outputs(order, gaussian):
         "return_lse": True,
         "return_density": True,
     }
-    *once, visited = cross_frame_attention(*case[:4], **options)
+    *once, density = cross_frame_attention(*case[:4], **options)
     q, k, v, sigma = case[:4]
-    *again, visited_again = cross_frame_attention(q, k[:, order], v[:, order], sigma, **options)
+    *again, density_again = cross_frame_attention(q, k[:, order], v[:, order], sigma, **options)
     for name, x, y in zip(NAMES, once, again, strict=False):
-        # the frames of a batch take turns in the same arithmetic
         assert torch.equal(x[:, order], y), name
-    assert visited == visited_again < 1
+    assert density == density_again < 1
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 36), st.integers(1, 36)),
     sigma=st.floats(0.3125, 1e6, width=32),
@@ -198,8 +194,8 @@ def test_certificate(name, gaussian):
     wide = case._replace(**{x: getattr(case, x).double() for x in ("q", "k", "v")})
     options: dict[str, Any] = {"gaussian": gaussian, "gradients": False}
     exact = run(case, "reference", wide=True, **options)
-    for eta in (0.5, 1e-2, 1e-3, 1e-6):
-        for bands in (None, [4, 20, 36], [16, 21], [11]) if case.q.shape[1] > 8 else (None, [3]):
+    for eta, bands in product((0.5, 1e-3, 1e-6), (None, [3], [4, 20, 36])):
+        if bands is None or bands[-1] < case.q.shape[1]:
             actual = run(wide, "tiled", tolerance=eta, bands=bands, **options)
             for label, most, x, y in zip(NAMES, largest, actual, exact, strict=False):
                 error = (x - y).abs()
@@ -210,19 +206,19 @@ def test_certificate(name, gaussian):
                 assert excess <= 1e-12 * y.abs().max(), (label, eta, bands, error.max())
 
 
-def test_certificate_is_put_to_the_test():
+def test_adversaries_challenge_the_certificate():
     """Somewhere among the adversaries mass is dropped, and a good part of what is allowed."""
     share, fractions = {}, []
     for name, case in ADVERSARIES.items():
         q, k, v = (x.double() for x in case[:3])
         exact = cross_frame_attention(q, k, v, case.sigma, scale=case.scale, backend="reference")
         for eta in (0.5, 1e-3, 1e-6):
-            o, visited = cross_frame_attention(
+            o, density = cross_frame_attention(
                 q, k, v, case.sigma, scale=case.scale, tolerance=eta, return_density=True
             )
             bound = eta * (v.abs().max() + o.abs())
             share[name, eta] = ((o - exact).abs() / bound).max().item()
-            fractions.append(visited)
+            fractions.append(density)
     assert max(share.values()) > 0.1, share
     assert all(max(share[name, eta] for name in ADVERSARIES) > 1e-3 for eta in (0.5, 1e-3, 1e-6))
     assert min(fractions) < 0.3 and max(fractions) == 1
@@ -253,11 +249,11 @@ def test_gradient_under_a_certificate():
     results = []
     for backend in ("reference", "tiled"):
         q = case.q.double().requires_grad_()
-        o, visited = cross_frame_attention(
+        o, density = cross_frame_attention(
             q, k, v, 1.0, tolerance=1e-3, backend=backend, return_density=True
         )
         results.append(torch.autograd.grad(o, q, case.do.double())[0])
-    assert visited < 0.7
+    assert density < 0.7
     x = case.do.norm(dim=-1).max() * case.v.norm(dim=-1).max()
     T, D = case.k.shape[1], case.k.shape[-1]
     error = (results[0] - results[1]).abs().max()
@@ -275,9 +271,9 @@ def mixed_matches(shape, seed=12) -> Case:
 
 @FORMS
 @pytest.mark.parametrize("bands", [None, [16]], ids=["whole", "bands"])
-@pytest.mark.parametrize("shape", [(1, 2, 40, 44, 16), (2, 1, 33, 49, 16)], ids=str)
-def test_gradients_where_some_queries_need_a_second_pass(shape, bands, gaussian, monkeypatch):
+def test_gradients_where_some_queries_need_a_second_pass(bands, gaussian, monkeypatch):
     """In float64 every gradient is the definition's, up to what a tolerance of 1e-13 leaves."""
+    shape = (2, 1, 33, 49, 16)
     case = mixed_matches(shape)
     passes = []
     strips = tiled.second_strips
@@ -309,26 +305,26 @@ def test_gradients_of_the_papers_frame(gaussian):
     exact = run(case, "tiled", wide=True, tolerance=1e-13, **options)
     actual = run(case, "tiled", **options)
     for name, x, y in zip(NAMES, actual, exact, strict=True):
-        # displacements of exact matches are small beside the pixels they are made of, and the two
+        # displacements of exact matches are small against the pixels they are made of, and the two
         # numbers are sums over 51 million pairs that cancel
         size = case.sigma * y.numel() ** 0.5 if name == "displacement" else y.norm()
         share = 1e-3 if y.ndim == 0 else 1e-5
         assert (x - y).norm() <= share * size, name
 
 
-def test_visited_fraction():
+def test_density():
     case = draw((1, 2, 48, 80, 16), seed=9)
     q, k = F.normalize(case.q, dim=-1), F.normalize(case.k, dim=-1)
 
-    def visited(tolerance, q=q, **options):
+    def density(tolerance, q=q, **options):
         return cross_frame_attention(
             q, k, case.v, 2.0, scale=1.0, tolerance=tolerance, return_density=True, **options
         )[1]
 
-    fractions = [visited(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
+    fractions = [density(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
     assert fractions[0] == 1
     # the defaults of the two precisions
-    assert visited(None) == fractions[2]
+    assert density(None) == fractions[2]
     half_q, half_k, half_v = (x.bfloat16() for x in (q, k, case.v))
     default, explicit = (
         cross_frame_attention(
@@ -340,14 +336,13 @@ def test_visited_fraction():
     assert all(a > b for a, b in pairwise(fractions))
     # sigma 2: a tile and 8 pixels around it, at most 32 x 32 of 48 x 80
     assert 16 * 16 / (48 * 80) < fractions[3] < 32 * 32 / (48 * 80)
-    assert visited(0, q[:, 7:19], first_row=7) == visited(None, backend="reference") == 1
+    assert density(0, q[:, 7:19], first_row=7) == density(None, backend="reference") == 1
 
 
 @FORMS
-@pytest.mark.parametrize("D", [16, 64])
-def test_the_papers_frame(D, gaussian):
+def test_the_papers_frame(gaussian):
     """64 x 112 at the default tolerance; the definition is evaluated on some of the rows."""
-    case = draw((1, 1, *LARGE, D), sigma=4.0, seed=10)
+    case = draw((1, 1, *LARGE, 64), sigma=4.0, seed=10)
     actual = run(case, "tiled", gradients=False, gaussian=gaussian)
     options: dict[str, Any] = {
         "gaussian": gaussian,
@@ -368,8 +363,6 @@ def test_the_papers_frame(D, gaussian):
 
 
 PEAK = """
-import sys
-from itertools import chain
 import torch
 from mana_triton import cross_frame_attention
 
@@ -382,29 +375,28 @@ H, W, T, D = 64, 112, 7, 64
 q, (k, v) = torch.randn(1, H, W, D), torch.randn(2, 1, T, H, W, D)
 small = [x[..., :16, :16, :] for x in (q, k, v)]
 with torch.no_grad():
-    cross_frame_attention(*small, 4.0, gaussian=sys.argv[1])  # loads the libraries
-    ballast = torch.ones(100 << 18)  # past the peak of the imports
-    before = status("VmRSS")
-    assert before + 2048 >= status("VmHWM")
-    o = cross_frame_attention(q, k, v, 4.0, gaussian=sys.argv[1])
-print((status("VmHWM") - before) / 1024, ballast.sum().item())
+    for gaussian in ("bias", "gate"):
+        cross_frame_attention(*small, 4.0, gaussian=gaussian)  # loads the libraries
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again
+        before = status("VmRSS")
+        o = cross_frame_attention(q, k, v, 4.0, gaussian=gaussian)
+        print((status("VmHWM") - before) / 1024)
+        del o
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@FORMS
-def test_peak_memory_does_not_grow_with_the_square_of_the_frame(gaussian):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_does_not_grow_with_the_square_of_the_frame():
     """Seven 64 x 112 frames of 64 channels, of which the result is 13 MB; HW x HW is 205 MB."""
-    command = [sys.executable, "-c", PEAK, gaussian]
-    root = Path(__file__).parents[2]
     # freed memory goes back at once, so that the resident set is what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", PEAK], cwd=Path(__file__).parents[2], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    mib = float(result.stdout.split()[0])
-    assert 12 < mib < 60
+    for mib in map(float, result.stdout.split()):
+        assert 12 < mib < 60
 
 
 # --- the memory bank
@@ -499,123 +491,59 @@ def arguments(**changes) -> dict[str, Any]:
     return {"q": torch.zeros(1, 4, 5, 16), "k": k, "v": k, "sigma": 4.0} | changes
 
 
-REFUSED = {
-    "q-rank": ({"q": torch.zeros(4, 5, 16)}, "q must be [B, H, W, D], got [4, 5, 16]"),
-    "q-integer": (
-        {"q": torch.zeros(1, 4, 5, 16, dtype=torch.int64)},
-        "q must be a floating-point tensor, got torch.int64",
-    ),
-    "k-rank": (
-        {"k": torch.zeros(1, 4, 5, 16)},
-        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 4, 5, 16]",
-    ),
-    "k-batch": (
-        {"k": torch.zeros(2, 2, 4, 5, 16)},
-        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [2, 2, 4, 5, 16]",
-    ),
-    "k-width": (
-        {"k": torch.zeros(1, 2, 4, 6, 16)},
-        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 6, 16]",
-    ),
-    "k-channels": (
-        {"k": torch.zeros(1, 2, 4, 5, 8)},
-        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 5, 8]",
-    ),
-    "no-frames": (
-        {"k": torch.zeros(1, 0, 4, 5, 16)},
-        "k must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 0, 4, 5, 16]",
-    ),
-    "v-channels": (
-        {"v": torch.zeros(1, 2, 4, 5, 18)},
-        "v must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got [1, 2, 4, 5, 18]",
-    ),
-    "v-frames": (
-        {"v": torch.zeros(1, 3, 4, 5, 16)},
-        "k and v must have one shape, got [1, 2, 4, 5, 16] and [1, 3, 4, 5, 16]",
-    ),
-    "k-type": (
-        {"k": torch.zeros(1, 2, 4, 5, 16, dtype=F16)},
-        "k must have the type and device of q, torch.float32 on cpu, got torch.float16 on cpu",
-    ),
-    "v-device": (
-        {"v": torch.zeros(1, 2, 4, 5, 16, device="meta")},
-        "v must have the type and device of q, torch.float32 on cpu, got torch.float32 on meta",
-    ),
-    "frame-too-low": (
-        {"k": torch.zeros(1, 2, 3, 5, 16), "v": torch.zeros(1, 2, 3, 5, 16)},
-        "rows first_row .. first_row + h - 1 of q must lie in a frame of 3 rows, "
-        "got first_row=0 and h=4",
-    ),
-    "band-too-far": (
-        {"q": torch.zeros(1, 2, 5, 16), "first_row": 3},
-        "must lie in a frame of 4 rows, got first_row=3 and h=2",
-    ),
-    "band-before": ({"first_row": -1}, "must lie in a frame of 4 rows, got first_row=-1 and h=4"),
-    "no-columns": (
-        {"q": torch.zeros(1, 4, 0, 16)},
-        "q must be [B, H, W, D] with W and D at least 1, got [1, 4, 0, 16]",
-    ),
-    "sigma-zero": ({"sigma": 0.0}, "sigma must be > 0 (infinity allowed), got 0.0"),
-    "sigma-negative": (
-        {"sigma": torch.tensor(-1.5)},
-        "sigma must be > 0 (infinity allowed), got -1.5",
-    ),
-    "sigma-on-another-device": (
-        {
-            **{x: torch.zeros(1, 2, 4, 5, 16, device="meta") for x in "kv"},
-            "q": torch.zeros(1, 4, 5, 16, device="meta"),
-            "sigma": -1.5,
-        },
-        "sigma must be > 0 (infinity allowed), got -1.5",
-    ),
-    "sigma-nan": ({"sigma": math.nan}, "sigma must be a number, got nan"),
-    "sigma-nan-tensor": (
-        {"sigma": torch.tensor(math.nan)},
-        "sigma must be > 0 (infinity allowed), got nan",
-    ),
-    "sigma-vector": ({"sigma": torch.ones(2)}, "sigma must be one number, got shape [2]"),
-    "scale-nan": ({"scale": math.nan}, "scale must be a number, got nan"),
-    "scale-vector": ({"scale": torch.ones(16)}, "scale must be one number, got shape [16]"),
-    "tolerance-negative": ({"tolerance": -1e-9}, "tolerance must be in [0, 1), got -1e-09"),
-    "tolerance-one": ({"tolerance": 1.0}, "tolerance must be in [0, 1), got 1.0"),
-    "tolerance-nan": ({"tolerance": math.nan}, "tolerance must be in [0, 1), got nan"),
-    "gaussian": ({"gaussian": "gates"}, "gaussian must be one of bias, gate, got 'gates'"),
-    "backend": (
-        {"backend": "cuda"},
-        "backend must be one of auto, triton, tiled, reference, got 'cuda'",
-    ),
-    "triton": ({"backend": "triton"}, "backend 'triton' is not available"),
-}
+FRAME = "must be [B, T, H, W, D] with B=1, W=5, D=16 as in q, got"
+HALF = torch.zeros(1, 2, 4, 5, 16, dtype=F16)
+META = torch.zeros(1, 2, 4, 5, 16, device="meta")
+REFUSED = [
+    ({"q": torch.zeros(4, 5, 16)}, "q must be [B, H, W, D], got [4, 5, 16]"),
+    ({"q": torch.zeros(1, 4, 5, 16).long()}, "q must be a floating-point tensor, got torch.int64"),
+    ({"q": torch.zeros(1, 4, 0, 16)}, "W and D at least 1, got [1, 4, 0, 16]"),
+    ({"k": torch.zeros(1, 4, 5, 16)}, f"k {FRAME} [1, 4, 5, 16]"),
+    ({"k": torch.zeros(2, 2, 4, 5, 16)}, f"k {FRAME} [2, 2, 4, 5, 16]"),
+    ({"k": torch.zeros(1, 2, 4, 6, 16)}, f"k {FRAME} [1, 2, 4, 6, 16]"),
+    ({"k": torch.zeros(1, 0, 4, 5, 16)}, f"k {FRAME} [1, 0, 4, 5, 16]"),
+    ({"v": torch.zeros(1, 2, 4, 5, 18)}, f"v {FRAME} [1, 2, 4, 5, 18]"),
+    ({"v": torch.zeros(1, 3, 4, 5, 16)}, "k and v must have one shape, got [1, 2, 4, 5, 16] and"),
+    ({"k": HALF}, "k must have the type and device of q, torch.float32 on cpu, got torch.float16"),
+    ({"v": META}, "torch.float32 on cpu, got torch.float32 on meta"),
+    (dict.fromkeys("kv", HALF[:, :, :3].float()), "must lie in a frame of 3 rows, got first_row=0"),
+    ({"first_row": -1}, "must lie in a frame of 4 rows, got first_row=-1 and h=4"),
+    ({"sigma": 0.0}, "sigma must be > 0 (infinity allowed), got 0.0"),
+    ({"sigma": torch.tensor(-1.5)}, "sigma must be > 0 (infinity allowed), got -1.5"),
+    ({"q": META[:, 0], "k": META, "v": META, "sigma": -1.5}, "sigma must be > 0"),
+    ({"sigma": math.nan}, "sigma must be a number, got nan"),
+    ({"sigma": torch.tensor(math.nan)}, "sigma must be > 0 (infinity allowed), got nan"),
+    ({"sigma": torch.ones(2)}, "sigma must be one number, got shape [2]"),
+    ({"scale": math.nan}, "scale must be a number, got nan"),
+    ({"scale": torch.ones(16)}, "scale must be one number, got shape [16]"),
+    ({"tolerance": -1e-9}, "tolerance must be in [0, 1), got -1e-09"),
+    ({"tolerance": math.nan}, "tolerance must be in [0, 1), got nan"),
+    ({"gaussian": "gates"}, "gaussian must be one of bias, gate, got 'gates'"),
+    ({"backend": "cuda"}, "backend must be one of auto, triton, tiled, reference, got 'cuda'"),
+    ({"backend": "triton"}, "backend 'triton' is not available"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_refused(changes, message):
     cross_frame_attention(**arguments())
     with pytest.raises(ValueError, match=re.escape(message)):
         cross_frame_attention(**arguments(**changes))
 
 
-MEMORY_REFUSED = {
-    "q-rank": ({"q": torch.zeros(4, 5, 16)}, "got [4, 5, 16] and [16, 3]"),
-    "memory-rank": ({"memory": torch.zeros(16)}, "got [1, 4, 5, 16] and [16]"),
-    "channels": (
-        {"memory": torch.zeros(3, 16)},
-        "q must be [B, H, W, D] and memory [D, N], got [1, 4, 5, 16] and [3, 16]",
-    ),
-    "type": (
-        {"memory": torch.zeros(16, 3, dtype=BF16)},
-        "memory must have the type and device of q, torch.float32 on cpu, "
-        "got torch.bfloat16 on cpu",
-    ),
-    "device": ({"memory": torch.zeros(16, 3, device="meta")}, "got torch.float32 on meta"),
-    "scale": ({"scale": torch.ones(1, 2)}, "scale must be one number, got shape [1, 2]"),
-    "scale-nan": ({"scale": math.nan}, "scale must be a number, got nan"),
-    "backend": ({"backend": "sdpa"}, "backend must be one of auto, triton, tiled, reference"),
-    "triton": ({"backend": "triton"}, "backend 'triton' is not available"),
-}
+MEMORY_REFUSED = [
+    ({"q": torch.zeros(4, 5, 16)}, "got [4, 5, 16] and [16, 3]"),
+    ({"memory": torch.zeros(16)}, "got [1, 4, 5, 16] and [16]"),
+    ({"memory": torch.zeros(3, 16)}, "q must be [B, H, W, D] and memory [D, N], got"),
+    ({"memory": torch.zeros(16, 3, dtype=BF16)}, "memory must have the type and device of q"),
+    ({"scale": torch.ones(1, 2)}, "scale must be one number, got shape [1, 2]"),
+    ({"scale": math.nan}, "scale must be a number, got nan"),
+    ({"backend": "sdpa"}, "backend must be one of auto, triton, tiled, reference"),
+    ({"backend": "triton"}, "backend 'triton' is not available"),
+]
 
 
-@pytest.mark.parametrize(("changes", "message"), MEMORY_REFUSED.values(), ids=MEMORY_REFUSED)
+@pytest.mark.parametrize(("changes", "message"), MEMORY_REFUSED)
 def test_memory_refused(changes, message):
     valid: dict[str, Any] = {"q": torch.zeros(1, 4, 5, 16), "memory": torch.zeros(16, 3)}
     memory_attention(**valid)

@@ -1,14 +1,14 @@
 """Performance guard without a GPU: what the compiler makes of every kernel, against a budget.
 
 compile_budget.json holds the instructions per score of every default configuration, by version
-of Triton. After a deliberate change, or for another version, write it anew with
+of Triton. After a deliberate change, or for another version, write it again with
 
     python tests/kernels/test_compile_guard.py
 
-The interpreter replaces the kernels it runs by Python: they are compiled in processes without it.
-bfloat16 is compiled at every run of the tests, float16, with the same configurations, when asked:
-pytest -m slow tests/kernels/test_compile_guard.py. float32 is there for correctness: its
-products are exact, its compilation takes minutes, and it has no budget.
+By default the kernels that the shipped presets stream with are compiled. The full matrix takes
+minutes: pytest -m slow tests/kernels/test_compile_guard.py. float32 is there for correctness: its
+products are exact, its compilation takes minutes, and it has no budget. The interpreter replaces
+the kernels that it runs by Python, so they are compiled in processes without it.
 """
 
 import json
@@ -37,17 +37,23 @@ WITHIN = 0.05  # of the instructions per score
 NVIDIA = ("sm_80", "sm_89", "sm_90")
 AMD = ("gfx942", "gfx90a")
 BF16, F16 = torch.bfloat16, torch.float16
-DEFAULTS = [(d, BF16) for d in (16, 32, 64, 128)]
-OTHERS = [(d, F16) for d in (16, 32, 64, 128)]
+SHIPPED = [(16, BF16), (32, BF16)]  # presets tiny and small
+ALL = [(d, dtype) for d in (16, 32, 64, 128) for dtype in (BF16, F16)]
+STREAMING = ("cross_frame_forward", "memory_forward")
+interpreted = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
+)
 
 
-def requests(archs: Iterable[str], types: list[tuple[int, torch.dtype]]) -> list[Request]:
-    """Every kernel's default configuration for some architectures and (D, dtype)."""
+def requests(
+    archs: Iterable[str], types: list[tuple[int, torch.dtype]], kernels=config.KERNELS
+) -> list[Request]:
+    """The kernels' default configurations for some architectures and (D, dtype)."""
     return [
         Request(kernel, arch, d, dtype, config.default_config(kernel, arch, d, dtype))
         for arch in archs
         for d, dtype in types
-        for kernel in config.KERNELS
+        for kernel in kernels
     ]
 
 
@@ -99,8 +105,8 @@ def budget() -> dict:
     return versions[triton.__version__]
 
 
-def check(pool, archs, types) -> None:
-    every, expected = requests(archs, types), budget()
+def check(pool, every: list[Request]) -> None:
+    expected = budget()
     failures = [
         f"{key(request, name)}: {failure}"
         for request, compiled in zip(every, compile_all(pool, every), strict=True)
@@ -111,18 +117,18 @@ def check(pool, archs, types) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", NVIDIA)
-def test_default_configurations_keep_their_budget(arch, pool):
-    check(pool, [arch], DEFAULTS)
+def test_kernels_of_the_shipped_presets_keep_their_budget(pool):
+    check(pool, requests(NVIDIA, SHIPPED, STREAMING))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", NVIDIA)
-def test_float16_keeps_its_budget(arch, pool):
-    check(pool, [arch], OTHERS)
+def test_every_kernel_keeps_its_budget(arch, pool):
+    check(pool, requests([arch], ALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", AMD)
 def test_default_configurations_compile_for_amd(arch, pool):
     every = requests([arch], [(64, BF16)])
@@ -133,11 +139,13 @@ def test_default_configurations_compile_for_amd(arch, pool):
             assert result.shared <= config.SHARED_MEMORY[arch], key(request, name)
 
 
-@pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
-)
-@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
-def test_what_runs_before_compiles(arch):
+def some_slow(archs: tuple[str, ...]) -> list:
+    return [pytest.param(x, marks=() if x == "sm_90" else pytest.mark.slow) for x in archs]
+
+
+@interpreted
+@pytest.mark.parametrize("arch", some_slow((*NVIDIA, *AMD)))
+def test_prepasses_compile_without_spills(arch):
     options = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     for name, job in prepass_jobs(128, BF16).items():
         result = compile_job(job, options, arch)
@@ -145,9 +153,12 @@ def test_what_runs_before_compiles(arch):
         assert result.spills == 0 or arch in AMD, name
 
 
-def check_projections(arch: str, types: list[tuple[int, torch.dtype]]) -> None:
-    """They fit into the registers and the shared memory, and take the best matrix units."""
-    for d, dtype in types:
+@interpreted
+@pytest.mark.parametrize("arch", some_slow((*NVIDIA, *AMD)))
+def test_projections_compile(arch):
+    """They fit into the registers and the shared memory, and use the best matrix units."""
+    everything = [*ALL, (128, torch.float32)] if arch in NVIDIA else [(64, BF16)]
+    for d, dtype in SHIPPED if arch == "sm_90" else everything:
         options = projection.launch_config(d, dtype, amd=arch in AMD)
         for name, job in projection_jobs(2 * d, d, dtype, options).items():
             result = compile_job(job, {**options, "BLOCK_N": d}, arch)
@@ -161,21 +172,6 @@ def check_projections(arch: str, types: list[tuple[int, torch.dtype]]) -> None:
                 assert result.matrix == expected, where
 
 
-@pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
-)
-@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
-def test_projections_compile(arch):
-    types = [(64, BF16)] if arch in AMD else [*DEFAULTS, (128, torch.float32)]
-    check_projections(arch, types)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", NVIDIA)
-def test_float16_projections_compile(arch):
-    check_projections(arch, OTHERS)
-
-
 def test_warp_specialization_is_the_default_where_there_is_any():
     for d, dtype in product((16, 32, 64, 128), (BF16, F16)):
         assert config.default_config("cross_frame_forward", "sm_90", d, dtype)["WARP_SPECIALIZE"]
@@ -183,7 +179,7 @@ def test_warp_specialization_is_the_default_where_there_is_any():
         assert not config.default_config("cross_frame_forward", arch, 64, BF16)["WARP_SPECIALIZE"]
 
 
-# --- the guard sees a regression
+# --- the guard detects a regression
 
 
 def regressed(kernel: str, arch: str, constexprs: dict | None = None, **changes) -> list[str]:
@@ -200,12 +196,12 @@ def regressed(kernel: str, arch: str, constexprs: dict | None = None, **changes)
 REGRESSIONS = {
     # a mask in the inner loop, as for a number of entries that no block divides
     "slower": ("memory_forward", "sm_80", {"EVEN_N": False}, {}, "instructions per score, budget"),
+    "double-work": ("memory_forward", "sm_80", {}, {"num_warps": 8}, "exponentials per score"),
     "spills": ("memory_backward", "sm_80", {}, {"BLOCK_M": 128, "BLOCK_N": 64}, "spills"),
     "too-much-memory": (
         "memory_forward", "sm_89", {}, {"BLOCK_N": 128, "num_stages": 8}, "bytes of shared memory",
     ),
-    "double-work": ("memory_forward", "sm_80", {}, {"num_warps": 8}, "exponentials per score"),
-    # eight warps lose the specialization without a word
+    # eight warps lose the specialization without a message
     "ordinary-schedule": (
         "cross_frame_forward", "sm_90", {}, {"num_warps": 8, "WARP_SPECIALIZE": True},
         "asked for warp specialization, got the ordinary schedule",
@@ -213,18 +209,15 @@ REGRESSIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
-)
-@pytest.mark.parametrize(
-    ("kernel", "arch", "constexprs", "changes", "message"), REGRESSIONS.values(), ids=REGRESSIONS
-)
-def test_a_regression_is_seen(kernel, arch, constexprs, changes, message):
+@interpreted
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_a_regression_is_detected(name):
+    kernel, arch, constexprs, changes, message = REGRESSIONS[name]
     found = regressed(kernel, arch, constexprs, **changes)
     assert any(message in x for x in found), found
 
 
-def test_scalar_arithmetic_is_seen():
+def test_scalar_arithmetic_is_detected():
     (request,) = (x for x in requests(["sm_90"], [(64, BF16)]) if x.kernel == "memory_forward")
     scalar = Compiled(
         registers=255, spills=0, shared=0, occupancy=1, matrix=None, instructions=(),
@@ -233,9 +226,9 @@ def test_scalar_arithmetic_is_seen():
     assert "no matrix instructions" in violations(request, "memory_forward", scalar, budget())
 
 
-def write_budget(types: list[tuple[int, torch.dtype]]) -> None:
-    """Compile default configurations and write their lines of compile_budget.json."""
-    every = requests(NVIDIA, types)
+def write_budget() -> None:
+    """Compile the default configurations and write their lines of compile_budget.json."""
+    every = requests(NVIDIA, ALL)
     with compile_pool() as pool:
         lines = {
             key(request, name): list(result.instructions)
@@ -255,4 +248,4 @@ def write_budget(types: list[tuple[int, torch.dtype]]) -> None:
 
 
 if __name__ == "__main__":
-    write_budget([*DEFAULTS, *OTHERS])
+    write_budget()

@@ -1,4 +1,4 @@
-"""Launch configurations: lookup, defaults, and an autotuning run on a GPU that is made up."""
+"""Launch configurations: lookup, defaults, and an autotuning run on a fake GPU."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import torch
 
 from mana_triton.kernels import config
 
-pytest.importorskip("triton", reason="no Triton on this platform")
+triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
-from mana_triton.kernels import tune
-from mana_triton.kernels.inspect import Compiled
+from mana_triton.kernels import tune  # noqa: E402
+from mana_triton.kernels.inspect import Compiled  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 GPU, BF16 = "NVIDIA Imaginary 90", torch.bfloat16
@@ -98,13 +99,7 @@ def test_the_interpreter_takes_a_default_without_a_warning(gpu):
     assert found == config.default_config("memory_forward", "cpu", 64, BF16)
 
 
-def test_a_result_can_be_changed_without_changing_the_next(gpu):
-    write(gpu, entry())
-    look_up()["BLOCK_M"] = 1
-    assert look_up() == CONFIG
-
-
-def test_a_pinned_configuration_goes_first_and_ends_with_its_context(gpu):
+def test_a_pinned_configuration_comes_first_within_its_context(gpu):
     write(gpu, entry())
     other, inner = {**CONFIG, "BLOCK_M": 16}, {**CONFIG, "BLOCK_M": 32}
     with config.pinned("memory_forward", other):
@@ -222,50 +217,30 @@ def test_a_second_run_measures_nothing_again(gpu):
     assert gpu.read_text() == text
 
 
-def test_a_run_that_was_stopped_goes_on(gpu):
+def test_an_interrupted_run_continues(gpu):
     class Stopped(Machine):
-        def measure(self, case, device):
-            if len(self.measured) == 3:
-                raise KeyboardInterrupt
-            return super().measure(case, device)
-
-    whole = Machine()
-    whole.tune()
-    per_case = len(whole.measured) // 2
-    assert per_case > 3
-    gpu.unlink()
-    config.forget()
-    with pytest.raises(KeyboardInterrupt):
-        Stopped().tune()
-    assert not gpu.exists()  # the first case was not done
-
-    class SecondStopped(Machine):
         def measure(self, case, device):
             if case == CASES[1]:
                 raise KeyboardInterrupt
             return super().measure(case, device)
 
     with pytest.raises(KeyboardInterrupt):
-        SecondStopped().tune()
+        Stopped().tune()
     machine = Machine()
     assert len(machine.tune()) == 2
     assert {case for case, _ in machine.measured} == {CASES[1]}
 
 
-def test_when_the_time_is_up_the_best_so_far_is_kept_for_now(gpu):
-    class Slow(Machine):
-        def measure(self, case, device):
-            time.sleep(0.05)
-            return super().measure(case, device)
-
-    machine = Slow()
-    (entry,) = machine.tune(time.monotonic() + 0.12)
-    assert not entry["complete"] and 1 <= len(machine.measured) < 6
+def test_when_time_runs_out_the_best_so_far_is_kept(gpu, monkeypatch):
+    machine, clock = Machine(), iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    (entry,) = machine.tune(deadline=2)
+    assert not entry["complete"] and len(machine.measured) == 3
     assert look_up() == entry["config"]
     assert all(x["complete"] for x in Machine().tune())
 
 
-def test_other_versions_are_measured_anew(gpu):
+def test_other_versions_are_measured_again(gpu):
     Machine().tune()
     entries = json.loads(gpu.read_text())
     write(gpu, *({**x, "triton": "3.0.0"} for x in entries))
@@ -292,55 +267,45 @@ def test_candidates_begin_with_the_default_and_are_distinct():
 
 
 STEPS = """
-import math, sys
 import torch, triton
-from mana_triton.kernels import reference, tune
-from mana_triton.kernels import config
+from mana_triton.kernels import config, reference, tune
 
 tune.CHECK, tune.FRAMES, tune.ENTRIES = (5, 17), 1, 70
 runs = []
 triton.testing.do_bench = lambda run, **_: [runs.append(run()) or 3.0, 1.0, 2.0]
-for kernel in config.KERNELS:
+for kernel, results in (("memory_backward", 2), ("cross_frame_lse", 1), ("cross_frame_dq", 3)):
     case = tune.Case(kernel, 16, torch.float16, 8, 16)
-    options = {**config.default_config(kernel, "cpu", 16, torch.float16), "BLOCK_M": 32}
-    with config.pinned(kernel, options):
+    with config.pinned(kernel, config.launch_options(64, 64, 4, 1)):
         assert not tune.wrong(case, "cpu"), tune.wrong(case, "cpu")
         assert tune.measure(case, "cpu") == (2.0, 1.4, 2.6)
-    result = runs.pop()
-    assert len(result if isinstance(result, tuple) else [result]) == (
-        1 if not tune.is_backward(kernel) else 2 if kernel.startswith("memory") else 3
-    )
-for name in ("memory_attention", "cross_frame_attention"):
+    assert len(runs.pop()) == results
+for name, kernel in (("memory_attention", "memory_backward"),
+                     ("cross_frame_attention", "cross_frame_forward")):
     whole = getattr(reference, name)
     setattr(reference, name, lambda q, *x, f=whole, **options: f(q * 1.02, *x, **options))
-for kernel in ("memory_backward", "cross_frame_forward"):
     assert tune.wrong(tune.Case(kernel, 16, torch.float16, 8, 16), "cpu").startswith("wrong by")
 """
 
 
-def test_checks_and_measures_the_operations_themselves():
-    """In the interpreter: each kernel's operation is right, and one that is off is seen."""
-    command = [sys.executable, "-c", STEPS]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def test_operations_are_checked_and_measured():
+    """In the interpreter: each operation is right, and one that is off is detected."""
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", STEPS], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
 
 # --- the command
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mana_triton.kernels.tune", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes where there is a GPU")
-def test_without_a_gpu_one_line_says_what_to_do():
-    result = run()
-    assert result.returncode == 1 and not result.stdout
-    assert result.stderr == "error: tuning needs a GPU; --compile-only sm_80,sm_89,sm_90 does not\n"
+def test_without_a_gpu_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(SystemExit) as stopped:
+        tune.main()
+    message = "error: tuning needs a GPU; --compile-only sm_80,sm_89,sm_90 does not"
+    assert stopped.value.code == message
 
 
 @pytest.mark.parametrize(
@@ -365,19 +330,21 @@ def test_shapes():
     assert tune.shapes("64x112,270x480") == [(64, 112), (270, 480)]
 
 
-def test_compile_only_prints_what_became_of_each(monkeypatch, capsys):
-    few = [config.default_config("memory_forward", "sm_80", 16, BF16)]
-    few.append({**few[0], "BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8})
+@pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels compile only without the interpreter"
+)
+def test_compile_only_prints_each_result(monkeypatch, capsys):
+    few = [config.launch_options(64, 64, 4, 2), config.launch_options(32, 32, 8, 2)]
     monkeypatch.setattr(tune, "candidates", lambda *_: few)
+    monkeypatch.setattr(tune, "compile_pool", nullcontext)
+    monkeypatch.setattr(tune, "compile_all", lambda _, every: map(tune.compile_request, every))
     arguments = ["--compile-only", "sm_80", "--kernels", "memory_forward", "--d", "16"]
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
     tune.main()
-    *table, last = capsys.readouterr().out.splitlines()
-    rows = json.loads(last)["rows"]
-    assert [row["kernel"] for row in rows] == ["memory_forward", "memory_forward:loss"] * 2
-    sound, double = rows[0], rows[2]
-    assert sound["matrix"] == "mma" and not sound["flaws"] and sound["spills"] == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    sound, double = json.loads(last)["rows"]
+    assert sound["kernel"] == "memory_forward" and sound["matrix"] == "mma"
+    assert not sound["flaws"] and sound["spills"] == 0
     assert 5 < sound["instructions"][0] < 9 and sound["occupancy"] > 1
     assert "exponentials per score" in double["flaws"][0]
-    text = "\n".join(table)
-    assert "64x64 w4 s2" in text and f"{sound['instructions'][0]:.2f}" in text
+    assert "64x64 w4 s2" in lines[0] and f"{sound['instructions'][0]:.2f}" in lines[0]

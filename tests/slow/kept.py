@@ -25,7 +25,7 @@ TEXT = "1\n00:00:00,100 --> 00:00:00,500\none\n\n2\n00:00:00,600 --> 00:00:00,90
 
 
 def rich_file(folder: Path, sound: str) -> Path:
-    """Ten bits, PQ, turned, oblong pixels, irregular times, everything beside the picture."""
+    """Ten bits, PQ, turned, oblong pixels, irregular times, and every other kind of stream."""
     steps = np.random.default_rng(0).integers(20, 60, 25)
     planes = [np.full((3, 32, 48), 400 + 5 * i, np.uint16) for i in range(25)]
     turned = media.write_video(

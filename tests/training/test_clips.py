@@ -192,7 +192,7 @@ def test_a_damaged_video_is_refused(tmp_path):
         open_clips([tmp_path / "film.mkv"], tmp_path / "cache")
 
 
-@pytest.mark.parametrize("kept", [0, 50, 128, -1000], ids=["none", "header", "no-pixels", "most"])
+@pytest.mark.parametrize("kept", [0, 50, -1000], ids=["empty", "header", "most"])
 def test_a_truncated_file_of_a_cache_is_named(tmp_path, kept):
     write_video(tmp_path / "film.mkv", film(9))
     [clip] = open_clips([tmp_path / "film.mkv"], tmp_path / "cache")

@@ -115,13 +115,6 @@ def test_pil_bicubic_is_pillows():
     np.testing.assert_array_equal(actual[1], expected)
 
 
-def test_a_constant_picture_stays_constant():
-    hr = torch.full((2, 16, 12, 3), 77, dtype=torch.uint8)
-    for method in real.DEGRADATIONS:
-        assert (degrade(hr, method) == 77).all()
-    assert (upscale_bicubic(hr) == 77).all()
-
-
 @pytest.mark.parametrize(
     ("hr", "method", "message"),
     [
@@ -140,7 +133,7 @@ def test_degrade_explains_wrong_input(hr, method, message):
 # ---- recipes
 
 
-def test_recipes_are_drawn_again_alike():
+def test_recipes_depend_on_name_and_number_alone():
     recipes = [real.draw(name, n) for name in ("walk", "tree") for n in range(200)]
     assert recipes == [real.draw(name, n) for name in ("walk", "tree") for n in range(200)]
     assert len(set(recipes)) == 400
@@ -157,15 +150,15 @@ def test_recipes_are_drawn_again_alike():
         assert abs(np.mean(share) - p) < 4 * math.sqrt(p * (1 - p) / 400)
 
 
-def test_a_plain_recipe_is_the_usual_degradation():
+def test_a_default_recipe_is_matlab_bicubic():
     frames = scene(0, 2)
     expected = degrade(torch.from_numpy(frames[:, 3:83, 1:97]))
     assert np.array_equal(degraded(frames, Recipe(top=3, left=1)), expected)
 
 
 @pytest.mark.parametrize("first, second, angle", [(1.0, 1.0, 0.0), (2.5, 0.8, 0.7), (0.3, 2.0, 2)])
-def test_a_kernel_has_the_moments_it_is_named_after(first, second, angle):
-    """Along its own axes; a width of a third of a pixel is what the grid makes of it."""
+def test_a_blur_kernel_has_its_standard_deviations(first, second, angle):
+    """Measured along its own axes; widths far below a pixel depend on the grid."""
     kernel = real.gaussian(first, second, angle)
     reach = kernel.shape[0] // 2
     axis = torch.arange(-reach, reach + 1).double()
@@ -181,16 +174,8 @@ def test_a_kernel_has_the_moments_it_is_named_after(first, second, angle):
     assert (kernel * along * across).sum() == pytest.approx(0, abs=0.05)
 
 
-def test_a_blurred_picture_keeps_constants_and_loses_contrast():
-    recipe = Recipe(blur=(2.0, 1.0, 0.5))
-    flat = np.full((1, 40, 40, 3), 77, np.uint8)
-    assert (degraded(flat, recipe) == 77).all()
-    frames = scene(0, 1)
-    assert degraded(frames, recipe).std() < degraded(frames, Recipe()).std()
-
-
 @pytest.mark.parametrize("gray", [False, True])
-def test_noise_has_its_width_and_changes_from_frame_to_frame(gray):
+def test_noise_has_its_deviation_and_differs_between_frames(gray):
     flat = np.full((2, 160, 160, 3), 128, np.uint8)
     noise = degraded(flat, Recipe(noise=4.0, gray=gray, seed=5)).astype(float) - 128
     # 3,200 values at least; rounding adds a variance of 1/12
@@ -200,7 +185,7 @@ def test_noise_has_its_width_and_changes_from_frame_to_frame(gray):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-@pytest.mark.parametrize("size", [(37, 51), (15, 64)], ids=["odd", "tiny"])
+@pytest.mark.parametrize("size", [(37, 51), (38, 36)], ids=["odd", "narrow"])
 def test_a_codec_keeps_frames_and_sizes_and_loses_detail(codec, size):
     frames = scene(1, 9, *size)
     errors = []
@@ -219,7 +204,7 @@ def test_a_codec_keeps_frames_and_sizes_and_loses_detail(codec, size):
 # ---- the cache
 
 
-def test_a_packed_cache_opens_without_av(clips, tmp_path, monkeypatch):
+def test_a_copied_cache_opens_without_av(clips, tmp_path, monkeypatch):
     low = real.open_low_clips(clips[0] + clips[1], tmp_path / "a", real.training_recipes)
     assert [len(variants) for variants in low.values()] == [real.VARIANTS] * 2
     moved = Path(shutil.copytree(tmp_path / "a", tmp_path / "b"))
@@ -233,7 +218,7 @@ def test_a_packed_cache_opens_without_av(clips, tmp_path, monkeypatch):
         real.open_low_clips(clips[0], tmp_path / "missing", real.training_recipes)
 
 
-def test_interrupted_work_goes_on(clips, tmp_path, monkeypatch):
+def test_interrupted_work_is_continued(clips, tmp_path, monkeypatch):
     compress, made = real.compress, []
 
     def failing(*args):
@@ -256,7 +241,7 @@ def test_interrupted_work_goes_on(clips, tmp_path, monkeypatch):
 
 
 def test_the_same_data_elsewhere_have_the_same_recipes(tmp_path):
-    """They were drawn from the cache's file name, in which the place of the source is hashed."""
+    """Recipes depend on the name of a clip, not on the place of its source."""
     drawn = []
     for place in ("x", "y"):
         for folder, T in (("one", 8), ("two", 9)):
@@ -298,10 +283,3 @@ def test_samples_show_the_same_place_in_both_resolutions(clips, tmp_path, kind):
         again = sampler.sample(n, 0)
         assert torch.equal(again[0], lr) and torch.equal(again[1], hr)
     assert len(seen) == 20
-
-
-def test_pictures_too_small_for_every_grid_are_named(clips, tmp_path):
-    low = real.open_low_clips(clips[0], tmp_path, lambda name: [Recipe(top=3)])
-    with pytest.raises(DataError, match="need pictures of at least 83 pixels each way, walk has"):
-        small = [data.Clip("walk", "clip", clips[0][0].path, (14, 82, 98, 3))]
-        Sampler(small, [], crop=20, batch=1, seed=0, low=low)

@@ -1,8 +1,6 @@
 """python -m mana_triton.training.prepare: what is decoded, what is skipped, continuing."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -88,14 +86,17 @@ def test_stopped_work_is_continued_and_new_sources_are_added(tmp_path, monkeypat
     assert made == ["b", "c", "d"]
 
 
-def test_the_command(tmp_path):
+def test_the_command_prints_a_summary(tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "film.mkv", film(9))
     write_video(tmp_path / "short.mkv", film(3))
-    module = [sys.executable, "-m", "mana_triton.training.prepare"]
     sources = [str(tmp_path / "film.mkv"), str(tmp_path / "short.mkv")]
-    command = [*module, *sources, "--out", str(tmp_path / "out"), "--smallest", "32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    argv = ["prepare", *sources, "--out", str(tmp_path / "out"), "--smallest", "32"]
+    monkeypatch.setattr("sys.argv", argv)
+    program.main()
+    stdout, stderr = capsys.readouterr()
+    report = json.loads(stdout)
     assert (report["clips"], report["skipped"]) == (1, {"fewer than 7 frames": 1})
-    assert "short.mkv: fewer than 7 frames" in done.stderr
+    assert "short.mkv: fewer than 7 frames" in stderr
+    monkeypatch.setattr("sys.argv", ["prepare", str(tmp_path / "no"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: .*no must exist"):
+        program.main()

@@ -141,17 +141,6 @@ def test_crops_look_as_inside_the_picture():
         assert torch.equal(crop, whole[top : top + 8, left : left + 8])
 
 
-@pytest.mark.parametrize(("full", "scaled"), [(32, 32), (33, 33), (70, 48), (500, 371)])
-def test_spans_stay_in_the_picture(full, scaled):
-    rng = np.random.default_rng(9)
-    for _ in range(200):
-        span = sampling._choose_span(full, scaled, 8, rng)
-        assert span.start >= 0 and span.start + span.length <= scaled
-        assert span.length % 4 == 0 and span.length >= 4 * (8 + span.margin)
-        first, last = span.source(span.start, span.start + span.length)
-        assert 0 <= first < last <= full
-
-
 def test_frames_of_a_clip_are_consecutive(tmp_path):
     """Stride 1 or 2, forwards or backwards, and every start is possible."""
     frames = np.arange(14, dtype=np.uint8)[:, None, None, None].repeat(40, 1).repeat(40, 2)
@@ -167,21 +156,6 @@ def test_frames_of_a_clip_are_consecutive(tmp_path):
         seen.add((times[0], times[1] - times[0]))
     assert {step for _, step in seen} == {-2, -1, 1, 2}
     assert {start for start, step in seen if step == 1} == set(range(8))
-
-
-def test_share_of_stills(clips, stills, monkeypatch):
-    calls = []
-
-    def still(clip, others, rows, cols, size, rng):
-        calls.append(clip)
-        return torch.zeros(7, rows.length, cols.length, 3, dtype=torch.uint8)
-
-    monkeypatch.setattr(sampling, "moving_still", still)
-    source = sampler(clips, stills, still_fraction=0.25)
-    for n in range(400):
-        source.sample(n, 0)
-    assert 70 <= len(calls) <= 130
-    assert all(clip.kind == "still" for clip in calls)
 
 
 def test_warping_by_whole_pixels_is_a_shift():

@@ -1,6 +1,6 @@
-"""The cross-frame operator: its kernels, what the compiler and the exporter see, its backends.
+"""The operators: Triton's kernels in a process of their own, compiler, exporter, backends.
 
-What is tested of the kernels stands in interpreted_cross_frame.py.
+The tests of the kernels are in the files interpreted_*.py.
 """
 
 import subprocess
@@ -19,38 +19,38 @@ from mana_triton import MANA, MANAConfig, cross_frame_attention
 from mana_triton.attention import choose_backend
 from mana_triton.engine.upscaler import upscale
 
-SUITE = "interpreted_cross_frame.py"
+SUITES = pytest.mark.parametrize("kernel", ["cross_frame", "memory", "projection"])
 FORMS = pytest.mark.parametrize("gaussian", ["bias", "gate"])
-PYTORCH = pytest.mark.parametrize("backend", ["tiled", "reference"])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@SUITES
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same tests")
-def test_in_the_interpreter():
+def test_in_the_interpreter(kernel):
     pytest.importorskip("triton", reason="no Triton on this platform")
-    run_suite(SUITE, interpret=True)
+    run_suite(f"interpreted_{kernel}.py", interpret=True)
 
 
+@SUITES
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_gpu():
-    run_suite(SUITE, interpret=False)
+def test_on_the_gpu(kernel):
+    run_suite(f"interpreted_{kernel}.py", interpret=False)
 
 
 # --- one operator for every backend
 
 
-@PYTORCH
 @FORMS
 @pytest.mark.parametrize("offsets", [True, False])
-def test_operator(offsets, gaussian, backend):
+def test_operator(offsets, gaussian):
     """Fake implementation, autograd and schema agree with what is computed."""
     case = draw((1, 2, 5, 6, 16))
     inputs = [x.clone().requires_grad_() for x in case[:5]]
-    arguments = (*inputs, gaussian, offsets, 1e-6, 0, backend)
+    arguments = (*inputs, gaussian, offsets, 1e-6, 0, "tiled")
     opcheck(torch.ops.mana.cross_frame_attention.default, arguments)
 
 
@@ -68,8 +68,9 @@ class Attention(nn.Module):
         )  # fmt: skip
 
 
-@PYTORCH
-@FORMS
+@pytest.mark.parametrize(
+    ("gaussian", "backend"), [("bias", "tiled"), ("gate", "tiled"), ("bias", "reference")]
+)
 def test_compile(gaussian, backend):
     """No graph break, and equal values and gradients, although the work depends on the data."""
     case = draw((1, 2, 40, 33, 16), sigma=1.0, gain=0.1)
@@ -87,8 +88,9 @@ def test_compile(gaussian, backend):
         assert results[0][-1] == results[1][-1] < 1
 
 
-@PYTORCH
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize(
+    ("strict", "backend"), [(True, "tiled"), (False, "tiled"), (False, "reference")]
+)
 def test_export(strict, backend):
     case = draw((1, 2, 9, 12, 16))
     attend = Attention(backend, "gate")
