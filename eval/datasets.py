@@ -92,11 +92,8 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
         if plain(name) in (VIMEO, MOTION):
             raise DataError(f"{name} must hold sep_testlist.txt and sequences/, {path} does not")
         sources = _reds4(path) if plain(name) == REDS4 else find_clips(path, ORIGINALS)
-        lengths = {source: count(source) for source in sources}
-        return [
-            TestClip(source.name, source, (frames, *size_of(source)), range(frames))
-            for source, frames in lengths.items()
-        ]
+        counted = ((source, count(source)) for source in sources)
+        return [TestClip(x.name, x, (frames, *size_of(x)), range(frames)) for x, frames in counted]
     if plain(name) not in (VIMEO, MOTION):
         raise DataError(
             f"the name of a folder with sep_testlist.txt must be Vimeo-90K or Vimeo-90K-Motion, "
@@ -222,10 +219,8 @@ def count(source: Source) -> int:
             frames = sum(1 for _ in reader)
     except MediaError as error:
         raise DataError(str(error)) from error
-    if reader.truncated:
-        raise DataError(
-            f"{source.place} must be a complete video, {reader.truncated}; copy it again"
-        )
+    if damage := reader.truncated:
+        raise DataError(f"{source.place} must be a complete video, {damage}; copy it again")
     return frames
 
 
@@ -282,10 +277,8 @@ def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> li
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     try:
         with Progress(*columns, console=console, disable=not missing) as progress:
-            pairs = zip(missing, measure(motion, missing), strict=True)
-            for source, value in progress.track(
-                pairs, len(missing), description="measuring motion"
-            ):
+            values = zip(missing, measure(motion, missing), strict=True)
+            for source, value in progress.track(values, len(missing), description="motion"):
                 known[source.name] = value
                 if len(known) % SAVE_EVERY == 0:
                     save()
