@@ -33,13 +33,9 @@ BAND_PIXELS = 1 << 22
 
 # H.273 matrix number, which is also FFmpeg's -> name, Kr, Kb
 MATRICES = {
-    1: ("bt709", 0.2126, 0.0722),
-    4: ("fcc", 0.30, 0.11),
-    5: ("bt601", 0.299, 0.114),
-    6: ("bt601", 0.299, 0.114),
-    7: ("smpte240m", 0.212, 0.087),
-    9: ("bt2020", 0.2627, 0.0593),
-}
+    1: ("bt709", 0.2126, 0.0722), 4: ("fcc", 0.30, 0.11), 5: ("bt601", 0.299, 0.114),
+    6: ("bt601", 0.299, 0.114), 7: ("smpte240m", 0.212, 0.087), 9: ("bt2020", 0.2627, 0.0593),
+}  # fmt: skip
 # where a chroma sample lies in its block of pixels: (x, y), 0 first, 0.5 center, 1 last
 SITINGS = {
     "left": (0.0, 0.5), "center": (0.5, 0.5), "topleft": (0.0, 0.0), "top": (0.5, 0.0),
@@ -97,18 +93,15 @@ def yuv_to_rgb(
     device = luma.device
     left, right, part = _neighbors(width, chroma_block[0], x, chroma[0].shape[1], device)
     above, below, share = _neighbors(height, chroma_block[1], y, chroma[0].shape[0], device)
+    share = share[:, None]
     rgb = torch.empty(height, width, 3, dtype=integer_type(white), device=device)
     for rows in _bands(luma, 1):
         light = luma[rows].float().sub_(black).mul_(white / span).add_(0.5)  # rounds
         cb, cr = (
-            torch.lerp(
-                _rows(plane, above[rows]).float(),
-                _rows(plane, below[rows]).float(),
-                share[rows, None],
-            )
+            torch.lerp(_rows(c, above[rows]).float(), _rows(c, below[rows]).float(), share[rows])
             .sub_(2 ** (bits - 1))
             .mul_(white / chroma_span)
-            for plane in chroma
+            for c in chroma
         )
         if chroma_block[0] > 1:
             cb, cr = (
@@ -242,15 +235,11 @@ def _weighted(x: Tensor, dim: int, taps: list[tuple[int, float]], step: int, lea
         return x
     count = (x.shape[dim] - lead - taps[-1][0] - 1) // step + 1
     total = None
-    for offset, weight in taps:
-        first = lead + offset
+    for first, weight in ((lead + offset, weight) for offset, weight in taps):
         chosen = (slice(None),) * dim + (slice(first, first + (count - 1) * step + 1, step),)
         total = x[chosen] * weight if total is None else total.add_(x[chosen], alpha=weight)
     assert total is not None
     return total
-
-
-# frames of FFmpeg's formats
 
 
 def bit_depth(form: av.VideoFormat) -> int:

@@ -488,14 +488,12 @@ def test_nothing_but_the_file_is_opened(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video"),
-     ("a.m2ts", "libx264"), ("a.3gp", "libx264"), ("a.hevc", "libx265"), ("a.m4v", "libx264")],
+    [("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video"), ("a.m2ts", "libx264"),
+     ("a.3gp", "libx264"), ("a.m4v", "libx264")],
 )  # fmt: skip
 def test_containers_are_accepted(name, codec, tmp_path):
-    options = {"x265-params": "log-level=error"} if codec == "libx265" else {"b": "1000000"}
-    media.write_video(
-        tmp_path / name, PICTURES[:5], codec=codec, options=options, time_base=Fraction(1, 25)
-    )
+    options, tick = {"b": "1000000"}, Fraction(1, 25)
+    media.write_video(tmp_path / name, PICTURES[:5], codec=codec, options=options, time_base=tick)
     assert len(read_all(tmp_path / name)) == 5
 
 
