@@ -119,15 +119,8 @@ class PerceptualTrainer:
         several = partial(training_recipes, variants=options.variants)
         low = open_low_clips(clips, cache / "real", several)
         low |= open_low_clips(stills, cache / "real", partial(training_recipes, variants=1))
-        self.pairs = Pairs(
-            clips,
-            stills,
-            low,
-            crop=options.crop,
-            pairs=options.pairs,
-            singles=options.singles,
-            seed=options.seed,
-        )
+        sizes = {"crop": options.crop, "pairs": options.pairs, "singles": options.singles}
+        self.pairs = Pairs(clips, stills, low, **sizes, seed=options.seed)
         model = checkpoint.load(options.init).train()
         model.sigma.requires_grad_(False)
         self.settings = options.fixed() | {"init": fingerprint(model)}
@@ -145,12 +138,9 @@ class PerceptualTrainer:
             self.discriminator.parameters(), lr=options.lr_discriminator, betas=(0.5, 0.99)
         )
         self.parts = {
-            "model": self.model,
-            "ema": self.ema,
-            "discriminator": self.discriminator,
-            "optimizer": self.optimizer,
-            "critic_optimizer": self.critic_optimizer,
-        }
+            "model": self.model, "ema": self.ema, "discriminator": self.discriminator,
+            "optimizer": self.optimizer, "critic_optimizer": self.critic_optimizer,
+        }  # fmt: skip
         self.iteration = 0
         self.sums: list[list[float]] = []  # since the last log entry
         self._resume()
@@ -231,8 +221,8 @@ class PerceptualTrainer:
     def _save(self) -> None:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         kept = {"iteration": self.iteration, "sums": self.sums, "settings": self.settings}
-        write_state(self.out / "last.pt", kept | parts)
         checkpoint.save(self.ema, self.out / "ema.safetensors")
+        write_state(self.out / "last.pt", kept | parts)
 
     def _resume(self) -> None:
         state = read_state(self.out / "last.pt", self.settings)

@@ -196,12 +196,8 @@ class Trainer:
     def _progress(self) -> Progress:
         """A bar on a terminal; its console takes lines everywhere."""
         console = Console(stderr=True, soft_wrap=True, highlight=False)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
+        text = TextColumn("{task.description}")
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
         shown = self.leads and console.is_terminal
         progress = Progress(*columns, console=console, disable=not shown)
         self.task = progress.add_task("", total=self.total, completed=self.iteration)

@@ -275,6 +275,7 @@ def test_each_stage_trains_its_own_parameters(cache, tmp_path):
         assert changed and changed <= trained
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(cache, tmp_path, monkeypatch):
     """One process starts the run and two go on; in float64, where only rounding differs.
 
