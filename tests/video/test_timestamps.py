@@ -77,7 +77,7 @@ def test_joined_recordings_without_sound_in_some(with_sound, tmp_path):
     assert min(steps) > 0
     assert max(steps) < Fraction(1, 10)
     assert timeline.ends[0] == frames[-1] + Fraction(1, 25)
-    for kind in with_sound:  # each recording's sound beside its pictures, as it was
+    for kind in with_sound:  # audio and video of each recording stay in sync
         alone = media.frame_times(kinds[kind])
         moved, frames = frames[0] - alone[0], frames[len(alone) :]
         heard = [time for time, _ in media.packets(kinds[kind], "audio")] if kind == "x" else []
