@@ -1,16 +1,16 @@
-"""Accuracy gate: the frames of every fast path against those of the float32 reference.
+"""Accuracy gate: the frames of every fast path against those of a float32 reference.
 
     python eval/accuracy.py                               # three frames of the demo clip
     python eval/accuracy.py --data DATA/val --frames 5    # the first frames of each clip
 
-Reference: float32, the attention as it is defined (`kernels/reference.py`, every pair), whole
-frames, one window after the other, none of `mana_triton.engine`. The paths are the stream's: its
-tolerance, decoder tiles, several frames side by side or encoded at once, half precision, what the
-command chooses by itself, and on a GPU both backends; and the ONNX file run by ONNX Runtime.
+The reference is float32 with the attention as it is defined (`kernels/reference.py`, every pair),
+whole frames, one window after the other, without `mana_triton.engine`. The paths are those of the
+stream: its tolerance, decoder tiles, several workers, batches, half precision, the automatic
+choice, on a GPU both backends; and the ONNX file run by ONNX Runtime.
 
 Clips are cropped to multiples of 4 and shrunk by MATLAB's bicubic to 8 bits, as in an evaluation.
-A path meets the gate if its worst frame is close to the reference's, before rounding to 8 bits: 50
-dB in half precision, 80 dB (RMS a fortieth of a step of 8 bits) in float32; and if no clip's mean
+A path meets the gate if its worst frame, before rounding to 8 bits, reaches 50 dB in half precision
+or 80 dB (RMS a fortieth of an 8-bit step) in float32 against the reference, and if no clip's mean
 PSNR against the originals, in RGB or luma, moves by 0.02 dB. `python eval/run.py --bench` prints
 the same table. The last line of stdout is one JSON object; the exit code is 1 if a path misses.
 """
@@ -51,8 +51,6 @@ FRAMES = 3
 BAND = 128 << 20  # bytes of the reference's logits at once
 TILE = 32  # of the path in tiles: small, so that there are many seams
 
-Run = Callable[[Tensor], Tensor]  # [T, 3, H, W] -> [T, 3, 4H, 4W], both in [0, 1]
-
 
 class Clip(NamedTuple):
     """The first frames of a clip."""
@@ -63,10 +61,10 @@ class Clip(NamedTuple):
 
 
 class Fast(NamedTuple):
-    """A way to enlarge a clip."""
+    """A fast path."""
 
     precision: str
-    run: Run
+    run: Callable[[Tensor], Tensor]  # [T, 3, H, W] -> [T, 3, 4H, 4W], both in [0, 1]
 
 
 def clip_of(name: str, frames: np.ndarray) -> Clip:
@@ -137,7 +135,7 @@ def paths(model: MANA, device: torch.device) -> dict[str, Fast]:
 
 
 @lru_cache(maxsize=1)
-def _exported(model: MANA, height: int, width: int) -> Run:
+def _exported(model: MANA, height: int, width: int) -> Callable[[Tensor], Tensor]:
     return export.open_onnx(export.export(model, height, width, ".onnx", {})[0])
 
 

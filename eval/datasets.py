@@ -41,14 +41,9 @@ REDS4_FOLDERS = ORIGINALS | {"train_sharp"}  # val_sharp has clips with these nu
 FASTEST = 0.06  # of the test list
 # clips and scored frames of the full set; scores of a part of it are not comparable
 FULL_SIZE = {
-    "vid4": (4, 171),
-    "spmcs": (30, 930),
-    "udm10": (10, 320),
-    REDS4: (4, 400),
-    VIMEO: (7824, 7824),
-    MOTION: (469, 469),
-    "parkour": (14, None),
-}
+    "vid4": (4, 171), "spmcs": (30, 930), "udm10": (10, 320), "parkour": (14, None),
+    REDS4: (4, 400), VIMEO: (7824, 7824), MOTION: (469, 469),
+}  # fmt: skip
 MIDDLE = range(WINDOW // 2, WINDOW // 2 + 1)  # the scored frame of seven
 SAVE_EVERY = 100  # measured sequences
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -97,11 +92,8 @@ def find_test_set(name: str, path: Path, cache: Path, executor: Executor | None)
         if plain(name) in (VIMEO, MOTION):
             raise DataError(f"{name} must hold sep_testlist.txt and sequences/, {path} does not")
         sources = _reds4(path) if plain(name) == REDS4 else find_clips(path, ORIGINALS)
-        lengths = {source: count(source) for source in sources}
-        return [
-            TestClip(source.name, source, (frames, *size_of(source)), range(frames))
-            for source, frames in lengths.items()
-        ]
+        counted = ((source, count(source)) for source in sources)
+        return [TestClip(x.name, x, (frames, *size_of(x)), range(frames)) for x, frames in counted]
     if plain(name) not in (VIMEO, MOTION):
         raise DataError(
             f"the name of a folder with sep_testlist.txt must be Vimeo-90K or Vimeo-90K-Motion, "
@@ -227,10 +219,8 @@ def count(source: Source) -> int:
             frames = sum(1 for _ in reader)
     except MediaError as error:
         raise DataError(str(error)) from error
-    if reader.truncated:
-        raise DataError(
-            f"{source.place} must be a complete video, {reader.truncated}; copy it again"
-        )
+    if damage := reader.truncated:
+        raise DataError(f"{source.place} must be a complete video, {damage}; copy it again")
     return frames
 
 
@@ -284,18 +274,16 @@ def fastest(sources: list[Source], cache: Path, executor: Executor | None) -> li
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(entries))
 
-    if missing:
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        try:
-            with Progress(*columns, console=console) as progress:
-                task = progress.add_task("measuring motion", total=len(missing))
-                for source, value in zip(missing, measure(motion, missing), strict=True):
-                    known[source.name] = value
-                    progress.advance(task)
-                    if len(known) % SAVE_EVERY == 0:
-                        save()
-        finally:
-            save()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, console=console, disable=not missing) as progress:
+            values = zip(missing, measure(motion, missing), strict=True)
+            for source, value in progress.track(values, len(missing), description="motion"):
+                known[source.name] = value
+                if len(known) % SAVE_EVERY == 0:
+                    save()
+    finally:
+        save()
     number = max(1, round(FASTEST * len(sources)))
     chosen = sorted(sources, key=lambda source: -known[source.name])[:number]
     return [source for source in sources if source in chosen]

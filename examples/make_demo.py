@@ -29,7 +29,7 @@ MELODY = (523.25, 659.26, 783.99, 1046.5, 783.99, 659.26)  # Hz, half a second e
 
 @dataclass
 class View:
-    """What the camera sees: the picture's pixels x, y at its center, turned by degrees."""
+    """What the camera sees: the picture's pixels x, y at its center, rotated by degrees."""
 
     x: float
     y: float

@@ -25,7 +25,7 @@ CROP = (slice(60, 290), slice(440, 785))  # of the enlarged frame
 
 
 def before_after(path: Path) -> None:
-    """A part of a frame of the demo, bicubic and ours, side by side."""
+    """A crop of a frame of the demo, bicubic next to ours."""
     with open_reader(DEMO) as reader:
         frames = [frame.rgb for frame in islice(reader, FRAME - 3, FRAME + 4)]
     ours = np.asarray(list(upscale(frames))[3])

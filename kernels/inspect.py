@@ -193,8 +193,7 @@ def compile_job(job: Job, config: dict, arch: str) -> Compiled | str:
     except (RuntimeError, TritonError) as error:
         return f"does not compile: {str(error).strip().splitlines()[-1]}"
     scores = config["BLOCK_M"] * config["BLOCK_N"] / (config["num_warps"] * target.warp_size)
-    read = _read_nvidia if arch.startswith("sm_") else _read_amd
-    return read(kernel, scores, arch)
+    return _read_nvidia(kernel, scores, arch) if arch.startswith("sm_") else _read_amd(kernel)
 
 
 def _read_nvidia(kernel, scores: float, arch: str) -> Compiled:
@@ -215,9 +214,7 @@ def _read_nvidia(kernel, scores: float, arch: str) -> Compiled:
             branches.append((place[int(jump.group(1), 16)], i))
     specialized = "ttg.warp_specialize" in kernel.asm["ttgir"]
     warps = kernel.metadata.num_warps
-    loops = _hot_loops(
-        opcodes, branches, tuple(MATRIX), ("MUFU.EX2",), scores / (2 if specialized else 1)
-    )
+    loops = _hot_loops(opcodes, branches, scores / (2 if specialized else 1))
     registers = resources["REG"]
     return Compiled(
         registers=registers,
@@ -247,30 +244,21 @@ def _occupancy(registers: int, warps: int, shared: int, arch: str) -> int:
     return min(by_registers, by_memory, THREADS[arch] // (32 * warps))
 
 
-def _read_amd(kernel, scores: float, arch: str) -> Compiled:
+def _read_amd(kernel) -> Compiled:
+    """Without the hot loops: an order of candidates by instructions is for NVIDIA alone."""
     assembly = kernel.asm["amdgcn"]
 
     def figure(name: str) -> int:
         return max(int(x) for x in re.findall(rf"\.{name}:\s+(\d+)", assembly))
 
-    opcodes, labels, branches = [], {}, []
-    for line in assembly.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label.group(1)] = len(opcodes)
-        elif instruction := re.match(r"\t([a-z]\w+)\s*(.*)", line):
-            jump = re.match(r"\.LBB\w+", instruction.group(2))
-            if instruction.group(1).startswith(("s_branch", "s_cbranch")) and jump:
-                branches.append((labels.get(jump.group(), len(opcodes) + 1), len(opcodes)))
-            opcodes.append(instruction.group(1))
-    loops = _hot_loops(opcodes, branches, ("v_mfma",), ("v_exp_f32",), scores)
     return Compiled(
         registers=figure("vgpr_count"),
         spills=figure("private_segment_fixed_size"),
         shared=kernel.metadata.shared,
         occupancy=None,
-        matrix="mfma" if any(x.startswith("v_mfma") for x in opcodes) else None,
-        instructions=tuple(x for x, _ in loops),
-        exponentials=tuple(x for _, x in loops),
+        matrix="mfma" if "v_mfma" in assembly else None,
+        instructions=(),
+        exponentials=(),
         bulk_copies=0,
         warps=kernel.metadata.num_warps,
         warp_specialized=False,
@@ -278,32 +266,27 @@ def _read_amd(kernel, scores: float, arch: str) -> Compiled:
 
 
 def _hot_loops(
-    opcodes: list[str],
-    branches: list[tuple[int, int]],
-    matrix: tuple[str, ...],
-    exponential: tuple[str, ...],
-    scores: float,
+    opcodes: list[str], branches: list[tuple[int, int]], scores: float
 ) -> list[tuple[float, float]]:
     """Instructions and exponentials per score of every hot loop, in the order of the code.
 
     Args:
         opcodes: of the kernel.
         branches: (target, source) of every jump; those backward close a loop.
-        matrix, exponential: beginnings of the opcodes.
         scores: of one thread in one iteration.
     """
     spans = [
         (first, last)
         for first, last in branches
-        if first <= last and any(x.startswith(matrix) for x in opcodes[first : last + 1])
+        if first <= last and any(x.startswith(tuple(MATRIX)) for x in opcodes[first : last + 1])
     ]
     loops = []
     for first, last in sorted(spans):
         others = [span for span in spans if span != (first, last)]
         holds = any(first <= a and b <= last for a, b in others)
-        # a wait's retry stands behind the kernel's end and jumps back into the loop
+        # a wait's retry comes after the kernel's end and jumps back into the loop
         leaves = any(a < first <= b < last for a, b in others)
-        exponentials = sum(x.startswith(exponential) for x in opcodes[first : last + 1])
+        exponentials = sum(x.startswith("MUFU.EX2") for x in opcodes[first : last + 1])
         # a loop over one side of an epilogue has matrix instructions too, but no exponentials
         if not holds and not leaves and exponentials >= 0.9 * scores:
             loops.append((round((last + 1 - first) / scores, 2), round(exponentials / scores, 2)))

@@ -26,6 +26,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 AMD = torch.version.hip is not None
 
 
+def check_operands(d: int, dtype: torch.dtype) -> None:
+    """ValueError unless the kernels take D channels of a type."""
+    if d not in HEAD_DIMS or dtype not in DTYPES:
+        raise ValueError(
+            f"backend 'triton' needs D in {', '.join(map(str, HEAD_DIMS))} and float16, bfloat16 "
+            f"or float32, got D={d} and {dtype}; use backend 'tiled'"
+        )
+
+
 def tiles_in(height: int, width: int) -> tuple[int, int]:
     """Rows of tiles and tiles in a row, padding included."""
     return -(-height // TILE), -(-width // PAIR) * 2

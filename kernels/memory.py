@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, layout
-from .layout import AMD, DTYPES, HEAD_DIMS
+from .layout import AMD
 
 LOG2_E = tl.constexpr(layout.LOG2_E)
 LOW = tl.constexpr(-1e30)  # below every logit, and finite times any scale
@@ -229,24 +229,6 @@ def backward(
     return dq, dm.sum(0).to(memory.dtype), dscale.sum()
 
 
-def _check(q: Tensor, memory: Tensor) -> None:
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(
-            f"D must be one of {', '.join(map(str, HEAD_DIMS))} for backend 'triton', "
-            f"got {q.shape[-1]}; use backend 'tiled'"
-        )
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"q must be float16, bfloat16 or float32 for backend 'triton', got {q.dtype}; "
-            "use backend 'tiled'"
-        )
-    if not memory.shape[1] or not q.numel():
-        raise ValueError(
-            "q and memory must not be empty for backend 'triton', "
-            f"got {list(q.shape)} and {list(memory.shape)}; use backend 'tiled'"
-        )
-
-
 def launch_config(kernel: str, q: Tensor) -> dict:
     """Launch options of a kernel for queries [B, H, W, D]."""
     height, width, d = q.shape[1:]
@@ -291,5 +273,10 @@ _attention.register_autograd(_differentiate_attention, setup_context=_save_atten
 
 def memory_attention(q: Tensor, memory: Tensor, scale: Tensor) -> Tensor:
     """`reference.memory_attention` in one launch: q [B, H, W, D], memory [D, N], scale []."""
-    _check(q, memory)
+    layout.check_operands(q.shape[-1], q.dtype)
+    if not memory.shape[1] or not q.numel():
+        raise ValueError(
+            f"q and memory must not be empty, got {list(q.shape)} and {list(memory.shape)}; "
+            "use backend 'tiled'"
+        )
     return _attention(q, memory, scale)[0]

@@ -29,11 +29,10 @@ from torch import Tensor
 
 from .layout import (
     AMD,
-    DTYPES,
-    HEAD_DIMS,
     PIXELS,
     block_origin,
     block_pixels,
+    check_operands,
     precision,
     store_rows,
     tiles_in,
@@ -181,52 +180,30 @@ def project(
     return outputs
 
 
-def _check(
-    f: Tensor,
-    norm: tuple[Tensor, Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    normalize: Sequence[bool],
-    factors: Sequence[Tensor | None],
-) -> None:
-    tensors = f, *norm, *weights, *biases, *factors
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+def _check(f: Tensor, norm: Sequence, weights: Sequence, biases: Sequence, *rest: Sequence) -> None:
+    tensors = f, *norm, *weights, *biases
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
             "project must be called without gradients, got a tensor that requires one; "
             "use torch.no_grad() or the modules of the network"
         )
     n, c = f.shape[:2]
-    if f.dtype not in DTYPES:
-        raise ValueError(f"f must be float16, bfloat16 or float32, got {f.dtype}; convert it")
     if c not in CHANNELS or not f.numel():
         raise ValueError(
             f"f must be [N, C, H, W], not empty, C one of {', '.join(map(str, CHANNELS))}, "
             f"got {list(f.shape)}; use the modules of the network"
         )
-    counts = [len(x) for x in (weights, biases, normalize, factors)]
+    counts = [len(x) for x in (weights, biases, *rest)]
     if not 1 <= counts[0] <= MOST or len(set(counts)) > 1:
         raise ValueError(
             f"weights, biases, normalize and factors must be equally many, 1 to {MOST}, "
             f"got {', '.join(map(str, counts))}; call once for each group"
         )
     d = weights[0].shape[0]
-    if d not in HEAD_DIMS:
-        raise ValueError(
-            f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {d}; "
-            "use the modules of the network"
-        )
-    for name, tensors, shape in (
-        ("norm", norm, [n, c]),
-        ("weights", weights, [d, c]),
-        ("biases", biases, [d]),
-        ("factors", [x for x in factors if x is not None], []),
-    ):
-        for x in tensors:
+    check_operands(d, f.dtype)
+    for name, group, shape in (
+        ("norm", norm, [n, c]), ("weights", weights, [d, c]), ("biases", biases, [d])
+    ):  # fmt: skip
+        for x in group:
             if list(x.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {list(x.shape)}; reshape them")
-            wanted = (torch.float32,) if name in ("norm", "factors") else (torch.float32, f.dtype)
-            if x.dtype not in wanted:
-                raise ValueError(
-                    f"{name} must be {' or '.join(map(str, dict.fromkeys(wanted)))}, "
-                    f"got {x.dtype}; convert them"
-                )

@@ -125,7 +125,9 @@ def _on_backend(
             *inputs, gaussian=gaussian, offsets=offsets, first_row=first_row
         )
     if name == "triton":
-        _check_triton(inputs[0])
+        from mana_triton.kernels.layout import check_operands
+
+        check_operands(inputs[0].shape[-1], inputs[0].dtype)
     elif not torch.compiler.is_compiling():
         return tiled.cross_frame_attention(
             *inputs, gaussian=gaussian, offsets=offsets, tolerance=tolerance, first_row=first_row
@@ -320,16 +322,6 @@ def _check_frames(q: Tensor, k: Tensor, v: Tensor, first_row: int) -> None:
         raise ValueError(
             f"rows first_row .. first_row + h - 1 of q must lie in a frame of {k.shape[2]} rows, "
             f"got {first_row=} and h={rows}"
-        )
-
-
-def _check_triton(q: Tensor) -> None:
-    from mana_triton.kernels.layout import DTYPES, HEAD_DIMS
-
-    if q.shape[-1] not in HEAD_DIMS or q.dtype not in DTYPES:
-        raise ValueError(
-            f"backend 'triton' needs D in {', '.join(map(str, HEAD_DIMS))} and float16, bfloat16 "
-            f"or float32, got D={q.shape[-1]} and {q.dtype}; use backend 'tiled'"
         )
 
 

@@ -230,17 +230,12 @@ def warping_error(
 
     _comparable(*enlarged, False, 0, smallest=FLOW_SMALLEST)
     before, after = (x.astype(np.float32) / PEAK for x in originals)
-    luma_before, luma_after = (x @ np.array([0.299, 0.587, 0.114], np.float32) for x in originals)
-    dy, dx = optical_flow_ilk(
-        luma_after / PEAK, luma_before / PEAK, radius=FLOW_RADIUS, dtype=np.float32
-    )
-    y, x = np.indices(dy.shape, dtype=np.float32)
+    lumas = [x @ np.array([0.299, 0.587, 0.114], np.float32) for x in (after, before)]
+    motion = optical_flow_ilk(*lumas, radius=FLOW_RADIUS, dtype=np.float32)
+    places = np.indices(lumas[0].shape, dtype=np.float32) + motion
 
     def moved(frame: np.ndarray) -> np.ndarray:
-        channels = [
-            warp(frame[..., c], np.stack([y + dy, x + dx]), order=1, mode="edge") for c in range(3)
-        ]
-        return np.stack(channels, axis=-1)
+        return np.stack([warp(x, places, mode="edge") for x in np.moveaxis(frame, -1, 0)], -1)
 
     agree = np.abs(moved(before) - after).mean(axis=-1) < AGREEMENT
     if not agree.any():

@@ -155,6 +155,51 @@ def assert_case(case: Case, gaussian: str, backend: str, *, match="dot", bands=N
         assert_as_accurate(name, x, y, z, case.q.dtype, terms=terms.get(name))
 
 
+# --- the memory bank
+
+
+def draw_memory(shape, dtype, *, scale=0.37, gain=1.0, seed=0) -> tuple[list[Tensor], Tensor]:
+    """q, memory and scale of a shape (B, H, W, D, N), and a gradient of y."""
+    B, H, W, D, N = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, factor=1.0):
+        return (torch.randn(*size, generator=generator) * factor).to(dtype).to(DEVICE)
+
+    q = normal(B, D, H, W, factor=gain**0.5).movedim(1, -1)  # as the network has it
+    memory = normal(D, N, factor=gain**0.5)
+    return [q, memory, torch.tensor(scale, device=DEVICE)], normal(B, H, W, D)
+
+
+def differentiate(function, inputs, do, wide=False) -> list[Tensor]:
+    """The output and the gradients of all inputs."""
+    inputs = [x.double() if wide else x.clone() for x in inputs]
+    for x in inputs:
+        x.requires_grad_()
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, do.to(y.dtype))]
+
+
+def assert_memory(function, inputs, do) -> None:
+    """A memory attention is as accurate as the reference in everything."""
+    definition = reference.memory_attention
+    actual, eager = (differentiate(f, inputs, do) for f in (function, definition))
+    exact = differentiate(definition, inputs, do, wide=True)
+    q, memory, scale = (x.double() for x in inputs)
+    rows, do = q.flatten(0, -2), do.double().flatten(0, -2)
+    p = (scale * rows @ memory).softmax(-1)
+    # the sums cancel: dS = p (dP - delta), of dq and dscale
+    dp = do.abs() @ memory.abs()
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    terms = {
+        "dscale": (ds * (rows.abs() @ memory.abs())).sum(),
+        "dq": (ds @ memory.abs().T).max() * scale.abs(),
+    }
+    names = ("y", "dq", "dmemory", "dscale")
+    for name, x, y, z in zip(names, actual, eager, exact, strict=True):
+        assert_as_accurate(name, x, y, z, inputs[0].dtype, terms=terms.get(name))
+
+
 # --- adversaries of the certificate
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .. import config
 from ..layout import (
-    DTYPES,
-    HEAD_DIMS,
     LN_2,
     Sizes,
     block_at,
@@ -21,6 +19,7 @@ from ..layout import (
     block_origin,
     block_pixels,
     block_width,
+    check_operands,
     load_rows,
     store_pixels,
 )
@@ -222,10 +221,7 @@ def attend_tiles(
 
 
 def _check_tiles(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> None:
-    if sizes.D not in HEAD_DIMS:
-        raise ValueError(
-            f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {sizes.D}; use backend 'tiled'"
-        )
+    check_operands(sizes.D, q.dtype)
     keys = [sizes.B, sizes.T, sizes.k_pixels, sizes.D]
     for name, x, shape in (
         ("q", q, [sizes.B, sizes.q_pixels, sizes.D]),
@@ -237,10 +233,8 @@ def _check_tiles(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> None:
                 f"{name} must be {shape}, tiles of {sizes.rows} rows of {sizes.height} x "
                 f"{sizes.width} pixels, got {list(x.shape)}; see layout.to_tiles"
             )
-        if x.dtype != q.dtype or x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float16, bfloat16 or float32 like q, got {x.dtype}; convert it"
-            )
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must be {q.dtype} like q, got {x.dtype}; convert it")
 
 
 def kernel_options(kernel: str, sizes: Sizes, like: Tensor, **flags: bool) -> dict[str, Any]:

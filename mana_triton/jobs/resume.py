@@ -173,6 +173,7 @@ class PartsFolder:
             try:
                 if restart:
                     self._tidy()
+                    (self.path / "job.json").unlink(missing_ok=True)
                 self._load({"format": FORMAT} | json.loads(json.dumps(job)))
             except BaseException:
                 self._lock.release()
@@ -211,7 +212,7 @@ class PartsFolder:
 
     def _tidy(self) -> None:
         """Delete what belongs to no finished segment."""
-        kept = {"lock", "frames", *(["job.json"] if self.segments else ())}
+        kept = {"lock", "frames", "job.json"}
         for number, files in enumerate(self.segments):
             kept |= {f"{number:06d}.json", *files}
         for file in {*self.path.glob("frames/*"), *self.path.iterdir()}:

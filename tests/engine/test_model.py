@@ -64,16 +64,6 @@ def test_presets(name, parameters):
     assert config.frames == 7
 
 
-def test_paper_preset_is_the_papers_network():
-    """Section 4.1: 128 channels, 5 and 40 residual blocks, 512 memory entries; 32 groups."""
-    with torch.device("meta"):
-        model = MANA(MANAConfig())
-    assert (len(model.encoder), len(model.decoder)) == (5, 40)
-    assert tuple(model.memory.shape) == (64, 512)
-    assert (model.norm.num_groups, model.norm.eps) == (32, 1e-6)
-    assert tuple(model.w_z.weight.shape) == (128, 7 * 64, 1, 1)
-
-
 def test_impossible_configurations_are_named():
     with pytest.raises(ValueError, match="one of tiny, small, paper, official, got 'large'"):
         MANAConfig.preset("large")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import CONFIG, ROUNDING, lively_network, noise
+from networks import ROUNDING, lively_network, noise
 from torch import Tensor
 
 from mana_triton.engine import memory
@@ -45,12 +45,13 @@ def pictures(upscaler: Upscaler, frames) -> Tensor:
     asked=st.sampled_from([{}, {"tile": 64}, {"tile": 0, "workers": 3}]),
 )
 def test_a_plan_fits_or_is_refused(preset, size, room, batched, asked):
+    height, width = size
     try:
-        plan = plan_of(preset, *size, room * GIB, batched, **asked)
+        plan = plan_of(preset, height, width, room * GIB, batched, **asked)
     except ValueError as error:
         assert "the memory budget leaves" in str(error) and "raise it" in str(error)
         return
-    assert plan.peak == estimate(MANAConfig.preset(preset), 4, *size, plan) <= room * GIB
+    assert plan.peak == estimate(MANAConfig.preset(preset), 4, height, width, plan) <= room * GIB
     assert all(getattr(plan, name) == value for name, value in asked.items())
 
 
@@ -80,11 +81,6 @@ def test_the_largest_part_is_halved_first():
         sizes.append((plan.batch, plan.workers, plan.tile, plan.band))
     assert sizes[:4] == [(2, 2, 0, 64), (1, 2, 0, 64), (1, 1, 0, 64), (1, 1, 960, 32)]
     assert sizes[4:] == [(1, 1, 480, 16), (1, 1, 240, 8), (1, 1, 120, 8), (1, 1, 60, 8)]
-
-
-@pytest.mark.parametrize(("preset", "room"), [("tiny", 6), ("small", 12)])
-def test_1080p_fits_common_machines(preset, room):
-    assert plan_of(preset, 1080, 1920, room * GIB).peak <= room * GIB
 
 
 def test_frames_that_do_not_fit_are_refused_before_work_begins():
@@ -223,16 +219,3 @@ def test_other_errors_are_raised_at_once():
     with pytest.raises(RuntimeError, match="a broken kernel"):
         list(upscaler.stream(noise(5, 40, 40)))
     assert upscaler.plan(40, 40).why == "the whole frame fits"
-
-
-def test_automatic_tiles_bound_the_activations(monkeypatch):
-    model, frames = lively_network(), noise(1, 70, 90)
-    side = Upscaler(model).plan(2160, 3840).tile + 2 * model.receptive_field
-    # 4C at x1, 2C at x2, C/2 twice at x4, float32
-    assert 0.9 * 2**28 < side**2 * 28 * CONFIG.channels * 4 <= 2**28
-    asked = Upscaler(model, EngineOptions(tile=48)).plan(2160, 3840)
-    assert (asked.tile, asked.why) == (48, "as asked")
-    whole = pictures(Upscaler(model), frames)
-    monkeypatch.setattr("mana_triton.engine.plan.TILE_BYTES", 1 << 20)
-    assert 0 < Upscaler(model).plan(70, 90).tile < 70
-    assert (pictures(Upscaler(model), frames) - whole).abs().max() <= ROUNDING

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from networks import CONFIG, ROUNDING, lively_network, noise, pan
 from torch import Tensor, nn
 
-import mana_triton
 from mana_triton import checkpoint
 from mana_triton.attention import STREAM_TOLERANCE
 from mana_triton.engine import device
@@ -194,21 +193,6 @@ def test_any_clip_gives_as_many_frames_in_order(bilinear, length, height, width,
         assert error.abs().max() <= 0.5 + largest * ROUNDING
 
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_arrays_are_rounded_tensors(deep, model):
-    arrays = pan(2, 5, 12, 16)
-    arrays[3:] = 255 - arrays[3:]
-    arrays, largest = (arrays.astype(np.uint16) * 257, 65535) if deep else (arrays, 255)
-    tensors = torch.from_numpy(arrays.astype(np.float32) / largest).movedim(-1, 1)
-    from_arrays = np.stack(list(upscale(arrays, model))).astype(np.float64)
-    from_tensors = run(model, tensors)
-    assert from_tensors.min() >= 0 and from_tensors.max() <= 1
-    error = torch.from_numpy(from_arrays) - largest * from_tensors.movedim(1, -1)
-    assert error.abs().max() <= 0.5 + largest * ROUNDING
-    assert not deep or (from_arrays % 257 != 0).any()
-    assert run(model, tensors.double()).sub(from_tensors).abs().max() <= ROUNDING
-
-
 def test_any_iterable_and_views_are_accepted(model):
     arrays = pan(3, 3, 12, 16)
     before, expected = arrays.copy(), run(model, arrays)
@@ -218,13 +202,6 @@ def test_any_iterable_and_views_are_accepted(model):
         assert torch.equal(run(model, frames), expected)
     assert np.array_equal(arrays, before)
     assert list(upscale([], model)) == []
-
-
-def test_models_come_from_files_too(model, tmp_path):
-    checkpoint.save(model, tmp_path / "net.safetensors")
-    frames = noise(2, 5, 6)
-    results = mana_triton.upscale(frames, model=str(tmp_path / "net.safetensors"))
-    assert torch.equal(torch.stack([torch.as_tensor(x) for x in results]), run(model, frames))
 
 
 @pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"batch": 2}], ids=str)
@@ -390,15 +367,6 @@ def test_errors_of_the_source_come_after_the_results_before_them(model, workers)
             results.append(picture)
     assert len(results) == 9 - RADIUS
     assert torch.equal(torch.stack(results), run(model, noise(9, 8, 8))[: 9 - RADIUS])
-    assert threading.active_count() == running
-
-
-def test_closing_a_stream_stops_its_threads(model):
-    running = threading.active_count()
-    stream = Upscaler(model, EngineOptions(workers=2)).stream(noise(9, 8, 8))
-    next(stream)
-    assert threading.active_count() == running + 2
-    stream.close()
     assert threading.active_count() == running
 
 

@@ -28,9 +28,16 @@ from mana_triton import checkpoint
 from mana_triton.engine.scene_cuts import CutDetector
 from mana_triton.engine.upscaler import EngineOptions, Upscaler
 from mana_triton.infer import parse_options
-from mana_triton.jobs import job
+from mana_triton.jobs import job, resume
 from mana_triton.jobs.options import JobOptions
-from mana_triton.jobs.resume import PartsFolder, ResumePoint, frames_from, input_hash, track_scenes
+from mana_triton.jobs.resume import (
+    PartsFolder,
+    ResumePoint,
+    frames_from,
+    input_hash,
+    parts_path,
+    track_scenes,
+)
 from mana_triton.jobs.segments import ResumableWriter, open_resumable
 from mana_triton.model import MANA, MANAConfig
 from mana_triton.video import images
@@ -226,6 +233,25 @@ def test_damaged_segment_is_made_again(damage, started, runner, whole, tmp_path)
     assert (run.code, run.summary["resumed"]) == (0, 6)
     assert ("is damaged; continuing from frame 6" in run.err) == ("state" not in damage)
     assert content(tmp_path / "clip_x4.mp4") == whole[".mp4"]
+
+
+def test_tidying_may_be_interrupted(tmp_path, monkeypatch):
+    """Work without a finished segment must not look like that of another version."""
+    output, delete = tmp_path / "out.mp4", resume._delete
+
+    def delete_one(path: Path) -> None:
+        delete(path)
+        raise KeyboardInterrupt
+
+    PartsFolder(output, {})._lock.release()
+    for name in ("000000.packets", "joined.mp4", "000003.json"):
+        (parts_path(output) / name).touch()
+    monkeypatch.setattr(resume, "_delete", delete_one)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            PartsFolder(output, {})
+    assert PartsFolder(output, {}).segments == []
+    assert {x.name for x in parts_path(output).iterdir()} == {"lock", "job.json"}
 
 
 @pytest.mark.parametrize("how", ["damaged", "older", "oldest"])

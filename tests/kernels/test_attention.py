@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import ADVERSARIES, NAMES, Case, assert_case, draw, random_logits, run
+from attention_cases import (
+    ADVERSARIES,
+    NAMES,
+    Case,
+    assert_case,
+    assert_memory,
+    draw,
+    draw_memory,
+    random_logits,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_accurate
@@ -314,29 +324,20 @@ def test_gradients_of_the_papers_frame(gaussian):
 
 def test_density():
     case = draw((1, 2, 48, 80, 16), seed=9)
-    q, k = F.normalize(case.q, dim=-1), F.normalize(case.k, dim=-1)
+    inputs = [F.normalize(case.q, dim=-1), F.normalize(case.k, dim=-1), case.v]
 
-    def density(tolerance, q=q, **options):
+    def density(tolerance, dtype=F32, rows=slice(None), **options):
+        q, k, v = (x.to(dtype) for x in inputs)
         return cross_frame_attention(
-            q, k, case.v, 2.0, scale=1.0, tolerance=tolerance, return_density=True, **options
+            q[:, rows], k, v, 2.0, scale=1.0, tolerance=tolerance, return_density=True, **options
         )[1]
 
-    fractions = [density(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
-    assert fractions[0] == 1
-    # the defaults of the two precisions
-    assert density(None) == fractions[2]
-    half_q, half_k, half_v = (x.bfloat16() for x in (q, k, case.v))
-    default, explicit = (
-        cross_frame_attention(
-            half_q, half_k, half_v, 2.0, scale=1.0, tolerance=eta, return_density=True
-        )[1]
-        for eta in (None, 1e-3)
-    )
-    assert default == explicit < fractions[2]
-    assert all(a > b for a, b in pairwise(fractions))
+    dense, _, default, coarse, _ = fractions = [density(eta) for eta in (0, 1e-9, 1e-6, 1e-3, 0.5)]
+    assert dense == 1 and all(a > b for a, b in pairwise(fractions))
+    assert density(None) == default and density(None, BF16) == density(1e-3, BF16) < default
     # sigma 2: a tile and 8 pixels around it, at most 32 x 32 of 48 x 80
-    assert 16 * 16 / (48 * 80) < fractions[3] < 32 * 32 / (48 * 80)
-    assert density(0, q[:, 7:19], first_row=7) == density(None, backend="reference") == 1
+    assert 16 * 16 / (48 * 80) < coarse < 32 * 32 / (48 * 80)
+    assert density(0, rows=slice(7, 19), first_row=7) == density(None, backend="reference") == 1
 
 
 @FORMS
@@ -403,42 +404,15 @@ def test_peak_memory_does_not_grow_with_the_square_of_the_frame():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(
-    ("B", "H", "W", "D", "N"),
-    [(1, 1, 1, 16, 1), (2, 7, 3, 16, 5), (1, 17, 31, 64, 128)],
-    ids=["one-pixel", "batch-7x3", "odd-size"],
-)
-def test_memory(B, H, W, D, N, dtype):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16, 1), (2, 7, 3, 16, 5), (1, 17, 31, 64, 128)])
+def test_memory(shape, dtype):
+    inputs, do = draw_memory(shape, dtype)
+    inputs, do = [x.cpu() for x in inputs], do.cpu()
 
-    def normal(*size):
-        return torch.randn(*size, generator=generator).to(dtype)
+    def attend(q, memory, scale):
+        return memory_attention(q, memory, scale=scale, backend="tiled")
 
-    q, memory, do = normal(B, D, H, W).movedim(1, -1), normal(D, N), normal(B, H, W, D)
-    scale = torch.tensor(0.37)
-
-    def attend(backend, wide):
-        inputs = [x.double() if wide else x.clone() for x in (q, memory, scale)]
-        for x in inputs:
-            x.requires_grad_()
-        y = memory_attention(inputs[0], inputs[1], scale=inputs[2], backend=backend)
-        return [y, *torch.autograd.grad(y, inputs, do.to(y.dtype))]
-
-    exact, eager, actual = (
-        attend(backend, wide)
-        for backend, wide in (("reference", True), ("reference", False), ("tiled", False))
-    )
-    # dscale = sum_in dS_in q_i.m_n, dS = p (dP - mean)
-    wide_q, wide_m, wide_do = (x.double().flatten(0, -2) for x in (q, memory, do))
-    p = (0.37 * wide_q @ wide_m).softmax(-1)
-    dp = wide_do.abs() @ wide_m.abs()
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
-    terms = {"dscale": (ds * (wide_q.abs() @ wide_m.abs())).sum()}
-    if N == 1:  # the terms of dq are differences of equal numbers
-        terms["dq"] = (ds @ wide_m.abs().T).max() * 0.37
-    names = ("y", "dq", "dmemory", "dscale")
-    for name, x, y, z in zip(names, actual, eager, exact, strict=True):
-        assert_as_accurate(name, x, y, z, dtype, terms=terms.get(name))
+    assert_memory(attend, inputs, do)
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])

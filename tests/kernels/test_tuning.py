@@ -250,13 +250,6 @@ def test_other_versions_are_measured_again(gpu):
     assert len(json.loads(gpu.read_text())) == 2
 
 
-def test_other_gpus_keep_their_entries(gpu):
-    write(gpu, entry(gpu="NVIDIA Other"))
-    Machine().tune()
-    entries = json.loads(gpu.read_text())
-    assert sorted(x["gpu"] for x in entries) == [GPU, GPU, "NVIDIA Other"]
-
-
 def test_candidates_begin_with_the_default_and_are_distinct():
     for kernel, arch in product(config.KERNELS, config.ARCHITECTURES):
         found = tune.candidates(kernel, arch, 64, BF16)
@@ -324,10 +317,6 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
         tune.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_shapes():
-    assert tune.shapes("64x112,270x480") == [(64, 112), (270, 480)]
 
 
 @pytest.mark.skipif(
