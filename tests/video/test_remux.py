@@ -190,28 +190,6 @@ def test_cut_moves_chapters(rich, tmp_path):
     assert abs(length - (Fraction(19, 10) - reader.offset)) < Fraction(1, 500)
 
 
-def test_data_is_kept_packet_by_packet_or_reported(tmp_path):
-    """Positions of a drone, as MPEG-TS carries them."""
-    plain, source = media.write_video(tmp_path / "plain.ts", PICTURES[:5]), tmp_path / "in.ts"
-    with av.open(str(plain)) as container, av.open(str(source), "w") as out:
-        video: Any = out.add_stream_from_template(container.streams.video[0], opaque=True)
-        data: Any = out.add_data_stream("klv")
-        for packet in cast(Any, container.demux(video=0)):
-            if packet.size:
-                position = av.Packet(b"\x06\x0e\x2b\x34" + bytes([packet.pts % 251]) * 60)
-                position.pts = position.dts = packet.pts
-                position.time_base, position.stream = packet.time_base, data
-                packet.stream = video
-                out.mux([position, packet])
-    convert(source, tmp_path / "out.ts")
-    assert len(media.packets(source, "data")) == 5
-    shift = media.frame_times(tmp_path / "out.ts")[0] - media.frame_times(source)[0]
-    moved = [(time + shift, digest) for time, digest in media.packets(source, "data")]
-    assert media.packets(tmp_path / "out.ts", "data") == moved
-    _, writer = convert(source, tmp_path / "out.mkv")
-    assert "data stream 1 (klv) is left out" in writer.notes
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_data_next_to_chapters_are_kept_or_reported(suffix, tmp_path):
     """mp4 stores both a camera's measurements and chapters as data."""
@@ -238,33 +216,6 @@ def test_data_next_to_chapters_are_kept_or_reported(suffix, tmp_path):
         assert "data stream 1 (bin_data) is left out" in writer.notes
     with av.open(str(tmp_path / f"b{suffix}")) as container:
         assert len(container.chapters()) == 1
-
-
-def delay(path: Path, kind: str, last: bool) -> Fraction:
-    """Time of the first or last packet of a stream after that of the video."""
-    at = -1 if last else 0
-    return media.packets(path, kind)[at][0] - media.frame_times(path)[at]
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-def test_edit_lists_and_start_offsets_keep_audio_in_sync(suffix, tmp_path):
-    """A copy cut between key frames carries an edit list; its sound starts before zero."""
-    media.ffmpeg(
-        *("-f", "lavfi", "-i", "testsrc2=s=64x48:d=4", "-f", "lavfi", "-i", "sine=d=4"),
-        *("-c:v", "libx264", "-g", 25, "-c:a", "aac", tmp_path / "whole.mp4"),
-    )
-    media.ffmpeg("-ss", 1.37, "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / "cut.mp4")
-    media.ffmpeg(
-        *("-itsoffset", 0.437, "-i", tmp_path / "whole.mp4", "-i", tmp_path / "whole.mp4"),
-        *("-map", "0:v", "-map", "1:a", "-c", "copy", tmp_path / "late.mp4"),
-    )
-    for name in ("cut.mp4", "late.mp4"):
-        convert(tmp_path / name, tmp_path / f"{name}{suffix}")
-        for last in (False, True):
-            moved = delay(tmp_path / f"{name}{suffix}", "audio", last)
-            moved -= delay(tmp_path / name, "audio", last)
-            assert abs(moved) <= Fraction(1, 1000)
-    assert media.frame_times(tmp_path / "late.mp4")[0] > Fraction(4, 10)
 
 
 def test_damaged_audio_does_not_stop_the_job(tmp_path):

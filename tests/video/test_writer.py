@@ -1,12 +1,9 @@
 """Encoders, colors and names of outputs, and failures."""
 
-import os
-import queue
 import re
 import subprocess
 import sys
 import textwrap
-import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from roundtrip import (
-    FAST,
     LOSSLESS,
     PICTURES,
     convert,
     encode_options,
     enlarge,
-    hashes,
     read_all,
 )
 
@@ -276,27 +271,6 @@ def test_encoder_memory_is_bounded(size, options, depth, plain, tmp_path):
     assert (b"bframes=1 " in written) == (depth == 3)
 
 
-def test_reading_and_writing_in_two_threads(plain, tmp_path):
-    frames: queue.Queue = queue.Queue(maxsize=2)
-    with (
-        open_reader(plain) as reader,
-        open_writer(tmp_path / "out.mp4", reader, 192, 128, encode_options(FAST)) as writer,
-    ):
-
-        def decode() -> None:
-            for frame in reader:
-                frames.put(frame)
-            frames.put(None)
-
-        thread = threading.Thread(target=decode)
-        thread.start()
-        while frame := frames.get():
-            writer.write(enlarge(frame.rgb), frame)
-        thread.join()
-    assert media.frame_times(tmp_path / "out.mp4") == media.frame_times(plain)
-    assert hashes(tmp_path / "out.mp4") == hashes(plain)
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -336,16 +310,6 @@ def test_unwritable_output_is_explained(name, settings, message, plain, tmp_path
     assert ".part" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "there.mp4").read_text() == "precious"
-
-
-def test_permission_denied(plain, tmp_path):
-    if not hasattr(os, "geteuid") or os.geteuid() == 0:
-        pytest.skip("needs a user whom permissions bind")
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    locked.chmod(0o500)
-    with open_reader(plain) as reader, pytest.raises(MediaError, match="permission denied"):
-        open_writer(locked / "out.mp4", reader, 192, 128)
 
 
 def test_wrong_picture_is_a_value_error(plain, tmp_path):
