@@ -109,7 +109,6 @@ def test_the_network_compiles_and_exports(match):
     )  # fmt: skip
     torch.manual_seed(0)
     model, frames = MANA(config), torch.rand(1, 3, 3, 10, 12)
-    model.backend = "tiled"
     nn.init.normal_(model.w_z.weight)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # a softmax does not see one logit more for all keys: that gradient is rounding alone
