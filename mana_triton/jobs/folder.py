@@ -42,7 +42,7 @@ def choose_weights(options: JobOptions) -> tuple[str, str]:
         return options.model, "as -n says"
     if is_picture(options.input) or (options.input.is_dir() and not inputs(options)):
         return "tiny", "the default for pictures"
-    return "tiny-real", "the default for video files, trained on compressed video; -n chooses"
+    return "real", "the default for video files; -n chooses others"
 
 
 def run(options: JobOptions) -> tuple[dict[str, Any], int]:

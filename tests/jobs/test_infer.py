@@ -138,8 +138,8 @@ def test_encoder_flags_reach_the_encoder(clip, cli, tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "expected", "reason"),
     [
-        ("clip.mp4", [], "tiny-real", "the default for video files"),
-        ("videos", [], "tiny-real", "the default for video files"),
+        ("clip.mp4", [], "real", "the default for video files"),
+        ("videos", [], "real", "the default for video files"),
         ("pictures", [], "tiny", "the default for pictures"),
         ("one.PNG", [], "tiny", "the default for pictures"),
         ("clip.mp4", ["-n", "tiny"], "tiny", "as -n says"),
