@@ -78,9 +78,9 @@ def test_compile(gaussian, backend):
     results = []
     for function in (attend, compiled):
         inputs = [x.clone().requires_grad_() for x in case[:5]]
-        *outputs, visited = function(*inputs)
+        *outputs, density = function(*inputs)
         grads = torch.autograd.grad(outputs, inputs, case[5:])
-        results.append([*outputs, *grads, torch.as_tensor(visited, dtype=torch.float64)])
+        results.append([*outputs, *grads, torch.as_tensor(density, dtype=torch.float64)])
     for x, y in zip(*results, strict=True):
         assert_as_accurate("compiled", y, x, x.double(), torch.float32)
     if backend == "tiled":
@@ -109,21 +109,21 @@ def test_the_network_compiles_and_exports(match):
     )  # fmt: skip
     torch.manual_seed(0)
     model, frames = MANA(config), torch.rand(1, 3, 3, 10, 12)
-    model.backend = "tiled"
     nn.init.normal_(model.w_z.weight)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # a softmax does not see one logit more for all keys: that gradient is rounding alone
     parameters = [x for name, x in model.named_parameters() if name != "theta.bias"]
     results = []
     for function in (model, compiled):
-        enlarged = function(frames)
+        enlarged = function(frames, backend="tiled")
         grads = torch.autograd.grad(enlarged.square().mean(), parameters)
         results.append([enlarged, *grads])
     for x, y in zip(*results, strict=True):
         # the compiler merges operations: equal up to rounding
         assert (x - y).abs().max() <= 1e-4 * x.abs().max()
-    program = torch.export.export(model.eval(), (frames,))
-    assert torch.equal(program.module()(frames), model(frames))
+    options = {"backend": "tiled"}
+    program = torch.export.export(model.eval(), (frames,), options)
+    assert torch.equal(program.module()(frames, **options), model(frames, **options))
 
 
 # --- which backend
@@ -181,13 +181,12 @@ def test_twenty_steps_of_training_agree():
     for backend in ("tiled", "triton"):
         torch.manual_seed(0)
         model = MANA(config).cuda()
-        model.backend = backend
         adam = torch.optim.Adam(model.parameters(), 1e-4)
         curve = []
         for _ in range(20):
             frames = torch.rand(2, 7, 3, 24, 32, device="cuda")
             target = torch.rand(2, 3, 96, 128, device="cuda")
-            loss = nn.functional.l1_loss(model(frames), target)
+            loss = nn.functional.l1_loss(model(frames, backend=backend), target)
             adam.zero_grad()
             loss.backward()
             adam.step()
