@@ -7,7 +7,7 @@ A second form normalizes: y_j / max(|y_j|, 1e-12). Either is then multiplied by 
 
 Why the weights take the norm: they are J D C numbers of a frame, the features H W C, so nothing is
 left to do for a pixel. And it rounds once: W_j a is formed in float32, and b'_j stays there, where
-normalized features would be rounded beside the rounded weights. A relative error u of W_j a costs
+normalized features would be rounded in addition to the weights. A relative error u of W_j a costs
 up to u sum_c |W_jc a_c f_c|, as much as the encoder's own rounding of f has cost already, on
 whichever side the norm is. It is of the order of y's own rounding unless a group's mean is far
 larger than its deviation.
@@ -142,7 +142,7 @@ def project(
     Args:
         f: [N, C, H, W] encoder features, channels_last in memory (another order is copied);
             float16, bfloat16 or float32, C one of CHANNELS. Rows of a frame are features, too: the
-            tiles then begin at the first of them.
+            tiles then start at the first of them.
         norm: scale and shift of each frame, [N, C] float32; see `MANA.normalization`.
         weights: at most MOST of [D, C], D one of HEAD_DIMS; float32 or the type of f.
         biases: as many of [D].

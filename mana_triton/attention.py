@@ -153,7 +153,7 @@ def _attend(
     """`cross_frame_attention` on checked arguments: o, displacement, lse, density, window radius.
 
     The displacement is [0] without `offsets`, the window radius on backend "tiled", where the
-    density is known; backend "triton" gives nan, and the window radius of each query tile.
+    density is known; backend "triton" gives -1, and the window radius of each query tile.
     """
     options = {"gaussian": gaussian, "offsets": offsets, "tolerance": tolerance}
     if backend == "triton":
@@ -161,7 +161,7 @@ def _attend(
 
         with torch.cuda.device_of(q):
             result = cross_frame.forward(q, k, v, sigma, scale, **options, first_row=first_row)
-        return *result[:3], q.new_full((), math.nan, dtype=torch.float64), result.window_radius
+        return *result[:3], q.new_full((), -1.0, dtype=torch.float64), result.window_radius
     o, displacement, lse, density = tiled.cross_frame_attention(
         q, k, v, sigma, scale, **options, first_row=first_row
     )

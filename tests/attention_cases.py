@@ -217,7 +217,7 @@ def half_plane(length: float) -> Case:
     """Keys are zero in one half and alike in the other, which alone has values.
 
     Queries far from the border see no long key in the first pass, and the bound assumes just what
-    the other half holds: near the halo at which it is dropped, a quarter of it is really there.
+    the other half holds: near the radius at which it is dropped, a quarter of it is really there.
     """
     q, k = torch.zeros(1, 40, 64, 16), torch.zeros(1, 1, 40, 64, 16)
     q[..., 0] = 1

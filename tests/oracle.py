@@ -1,7 +1,7 @@
 """What "accurate" means in these tests: float64 is the truth, plain PyTorch the yardstick.
 
 A result may be off by a few times what the reference loses in the same type. The only tolerances
-of the numerical tests are here; whatever else a result may be off by, such as the mass that a
+of the numerical tests are here; any other error that a result may have, such as the mass that a
 certificate allows it to drop, is passed as `promised`, with its derivation at the call.
 """
 

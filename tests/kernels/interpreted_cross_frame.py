@@ -49,7 +49,7 @@ SHAPES = {  # B, T, H, W, D
     "one-pixel": (1, 1, 1, 1, 16),
     "one-row": (1, 2, 1, 21, 32),
     "two-clips": (2, 3, 7, 3, 16),
-    "odd-size": (1, 1, 17, 31, 64),
+    "odd-size": (1, 1, 11, 19, 64),
     "widest": (1, 1, 6, 11, 128),
 }
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # the interpreter is slow with small ones
@@ -189,11 +189,11 @@ def masked_reference(case: Case, radius: torch.Tensor):
 
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
-    [((128, 64, 32), F32), ((128, 32, 64), F16), ((64, 64, 128), F32)],
+    [((128, 64, 64), F16), ((64, 32, 128), F32)],
     ids=str,
 )
 def test_forward_and_backward_visit_the_same_pairs(sizes, dtype, monkeypatch):
-    """Whatever the window radii are."""
+    """For any window radii."""
     case = on_device(draw((1, 1, 18, 40, 16), dtype, sigma=3.0, seed=7))
     generator = torch.Generator().manual_seed(0)
     radius = (torch.randint(0, 3, (1, 1, 9), generator=generator) * 8).int().to(DEVICE)
@@ -287,16 +287,16 @@ def stated_masses(case: Case) -> list[Masses]:
                 for dy, dx in product((-1, 0, 1), repeat=2)
                 if 0 <= y + dy < height and 0 <= x + dx < width
             ]
-            floor = torch.stack(around).logsumexp(0)
+            lse = torch.stack(around).logsumexp(0)
             length = q[y, x].norm()
-            spread = max(spread, float(length * keys.norm(dim=-1).max() - floor))
+            spread = max(spread, float(length * keys.norm(dim=-1).max() - lse))
             for tile_y, tile_x in product(range(0, height, 8), range(0, width, 8)):
                 tile = keys[tile_y : tile_y + 8, tile_x : tile_x + 8].flatten(0, 1)
                 mean = tile.mean(0)
                 dy = max(tile_y - y, y - tile_y - 7, 0)
                 dx = max(tile_x - x, x - tile_x - 7, 0)
                 bound = q[y, x] @ mean + length * (tile - mean).norm(dim=-1).max()
-                bound = float(bound - floor - steep * (dy * dy + dx * dx))
+                bound = float(bound - lse - steep * (dy * dy + dx * dx))
                 at = tile_y, tile_x
                 bounds[at] = max(bounds.get(at, -math.inf), bound)
         for (tile_y, tile_x), bound in bounds.items():
@@ -433,7 +433,7 @@ def test_far_addresses():
     huge[:, :128] = values
     q = values * 0.2
     radius = torch.zeros(2, 1, 1, dtype=torch.int32, device=DEVICE)  # the first tile alone
-    reach = radius.new_zeros(2, 1, rows // 4)
+    reverse = radius.new_zeros(2, 1, rows // 4)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128}
     c = torch.zeros((), device=DEVICE)
     tables = gaussian_tables.Tables.build(Sizes(2, 1, D, 8, 8, 16, 0), c, q, blocks)
@@ -451,7 +451,7 @@ def test_far_addresses():
     backward: Any = _dkv_kernel
     backward[(1, 1, 2)](
         q, huge, huge, q, q, near, delta,
-        tables.query, tables.key, c, radius, reach, dk, dv,
+        tables.query, tables.key, c, radius, reverse, dk, dv,
         1, 8, *sizes[1:], *tables[2:5], PLAIN=False, **constants, **blocks,
     )  # fmt: skip
     first = [to_tiles(x[:, 0, :8]) for x in (o, dk, dv)]

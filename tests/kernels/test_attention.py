@@ -122,7 +122,7 @@ def test_definition_one_pixel_at_a_time(gaussian, backend):
         for actual, expected in (
             (o[0, t, y, x], a @ values),
             (displacement[0, t, y, x], a @ steps),
-            (lse[0, t, y, x], torch.tensor(math.log(total)).double()),
+            (lse[0, t, y, x], torch.tensor(math.log(total), dtype=torch.float64)),
         ):
             assert (actual - expected).abs().max() < 1e-12
 

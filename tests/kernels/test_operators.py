@@ -78,9 +78,9 @@ def test_compile(gaussian, backend):
     results = []
     for function in (attend, compiled):
         inputs = [x.clone().requires_grad_() for x in case[:5]]
-        *outputs, visited = function(*inputs)
+        *outputs, density = function(*inputs)
         grads = torch.autograd.grad(outputs, inputs, case[5:])
-        results.append([*outputs, *grads, torch.as_tensor(visited, dtype=torch.float64)])
+        results.append([*outputs, *grads, torch.as_tensor(density, dtype=torch.float64)])
     for x, y in zip(*results, strict=True):
         assert_as_accurate("compiled", y, x, x.double(), torch.float32)
     if backend == "tiled":
@@ -115,14 +115,15 @@ def test_the_network_compiles_and_exports(match):
     parameters = [x for name, x in model.named_parameters() if name != "theta.bias"]
     results = []
     for function in (model, compiled):
-        enlarged = function(frames)
+        enlarged = function(frames, backend="tiled")
         grads = torch.autograd.grad(enlarged.square().mean(), parameters)
         results.append([enlarged, *grads])
     for x, y in zip(*results, strict=True):
         # the compiler merges operations: equal up to rounding
         assert (x - y).abs().max() <= 1e-4 * x.abs().max()
-    program = torch.export.export(model.eval(), (frames,))
-    assert torch.equal(program.module()(frames), model(frames))
+    options = {"backend": "tiled"}
+    program = torch.export.export(model.eval(), (frames,), options)
+    assert torch.equal(program.module()(frames, **options), model(frames, **options))
 
 
 # --- which backend
