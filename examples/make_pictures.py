@@ -1,9 +1,10 @@
 """The two pictures of the README: before and after, and the curve of a training run.
 
-    python examples/make_pictures.py before-after.png
+    python examples/make_pictures.py before-after.png nasa.mp4
     python examples/make_pictures.py curve.svg runs/tiny/log.jsonl [MORE.jsonl ...]
 
-A curve joins the logs of runs that continue each other.
+The README shows a public-domain NASA video of 320x180. A curve joins the logs of runs that continue
+each other.
 """
 
 import json
@@ -14,30 +15,24 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from mana_triton import upscale
 from mana_triton.resize import upscale_bicubic
 from mana_triton.video.reader import open_reader
 
-DEMO = Path(__file__).parent / "demo.mp4"
-FRAME = 37
-CROP = (slice(60, 290), slice(440, 785))  # of the enlarged frame
+FRAME = 60
+CROP = (slice(200, 480), slice(500, 880))  # of the enlarged frame
 
 
-def before_after(path: Path) -> None:
-    """A crop of a frame of the demo, bicubic next to ours."""
-    with open_reader(DEMO) as reader:
+def before_after(path: Path, video: Path) -> None:
+    """A part of a frame of a video, bicubic and `real`, side by side at 100 %."""
+    with open_reader(video) as reader:
         frames = [frame.rgb for frame in islice(reader, FRAME - 3, FRAME + 4)]
-    ours = np.asarray(list(upscale(frames))[3])
+    ours = np.asarray(list(upscale(frames, "real"))[3])
     bicubic = upscale_bicubic(torch.from_numpy(frames[3].copy())).numpy()
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained")
-    for axis, title, picture in zip(
-        axes, ("bicubic x4", "mana_triton tiny x4"), (bicubic, ours), strict=True
-    ):
-        axis.imshow(picture[CROP], interpolation="nearest")
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
-    figure.savefig(path, dpi=110)
+    gap = np.full((CROP[0].stop - CROP[0].start, 6, 3), 255, np.uint8)
+    Image.fromarray(np.concatenate([bicubic[CROP], gap, ours[CROP]], axis=1)).save(path)
 
 
 def curve(path: Path, logs: list[Path]) -> None:
@@ -64,8 +59,8 @@ def curve(path: Path, logs: list[Path]) -> None:
 
 def main() -> None:
     """Command line."""
-    if len(sys.argv) == 2:
-        before_after(Path(sys.argv[1]))
+    if len(sys.argv) == 3 and sys.argv[1].endswith(".png"):
+        before_after(Path(sys.argv[1]), Path(sys.argv[2]))
     elif len(sys.argv) > 2:
         curve(Path(sys.argv[1]), [Path(log) for log in sys.argv[2:]])
     else:
