@@ -55,11 +55,12 @@ def visible_below(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; the file gets its own name if all goes well."""
+    """A temporary name in the folder of `path`; once on the disk, the file gets its own name."""
     # the name of `path` may be as long as names can be
     part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield part
+        sync(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

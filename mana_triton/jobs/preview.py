@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mana_triton.engine.upscaler import Upscaler
-from mana_triton.files import sync, write_atomically
+from mana_triton.files import write_atomically
 from mana_triton.jobs import job
 from mana_triton.jobs.options import JobOptions
 from mana_triton.jobs.resume import Tracked, track_scenes
@@ -47,7 +47,7 @@ def write_preview(
         picture = sheet(*enlarged_frame(reader, upscaler, number))
         job.show_notes(reader.notes)
         with explained(output, "write"):
-            write_atomically(output, lambda part: (picture.save(part), sync(part)))
+            write_atomically(output, picture.save)
         job.say(f"{source} frame {number} -> {output}")
         size = {"width": SCALE * reader.width, "height": SCALE * reader.height}
     seconds = time.perf_counter() - started

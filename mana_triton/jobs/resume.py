@@ -315,7 +315,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, lambda part: (part.write_text(json.dumps(content)), sync(part)))
+    write_atomically(path, json.dumps(content))
     sync(path.parent)
 
 

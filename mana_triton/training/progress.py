@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mana_triton.checkpoint import UNREADABLE
-from mana_triton.files import sync, write_atomically
+from mana_triton.files import write_atomically
 
 
 class TrainingError(ValueError):
@@ -62,12 +62,7 @@ def _is_entry_until(line: str, iteration: int) -> bool:
 
 def write_state(path: Path, state: dict) -> None:
     """Save tensors, complete and on the disk before the file gets its name."""
-
-    def write(part: Path) -> None:
-        torch.save(state, part)
-        sync(part)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda part: torch.save(state, part))
 
 
 def read_state(path: Path, settings: dict) -> dict | None:
